@@ -1,0 +1,146 @@
+"""UnlearnDiffAtk (Zhang et al., ECCV 2024)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..diffusion import Soft, batches
+from ..errors import UnlearnError, UsageError
+from ..targets.base import TextToImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnDiffAtk(Attack):
+    """Search for k tokens before the prompt that make the erased model denoise a picture of the concept.
+
+    Idea: a diffusion model is a classifier. If the erased model, given the prompt c', predicts the noise in a picture x_tgt that
+    shows the concept, then it still draws the concept from c'. x_tgt is what the original model drew for the same prompt and seed.
+
+        min over c'  E_{t, eps} || eps - eps_theta*(x_tgt,t, c') ||²,      c' = [s_1 ... s_k, c],   s_i ~ u_i,
+        u <- project_simplex(Adam(u, clip(g_onehot, -1, 1))),              g_onehot = (d loss / d e) E^T,   e_i = E[s_i].
+
+    u (k × V) holds one distribution over the vocabulary for each slot, uniform at the start. The gradient of the sampled one-hot
+    row goes straight through to u. Timesteps are fixed and ascending; after each one the most likely tokens are decoded to text,
+    put before the prompt, tokenised again and tried. u and Adam's moments persist over timesteps.
+
+    Logged: ``t`` timestep just finished; ``loss`` mean squared error over its iterations and the prompts in the batch (lower: the
+    erased model explains the concept's pictures better); ``left`` prompts of the batch not yet broken.
+
+    Deviations from the authors' code:
+      1. Prompts are attacked ``batch`` at a time in lock-step; the loss is the sum of per-prompt means, so each prompt's search is
+         the one it would have alone. Broken prompts leave the batch.
+      2. The projection onto the simplex is the closed form by sorting; theirs bisects to 1e-5.
+      3. The one-hot product in the forward pass is a table lookup, and only the gradient is a product with the table.
+      4. Every prompt has a random stream of its own (seed, prompt, image seed). Theirs reseeds the global generator for each picture,
+         so the same 40 noise draws come back at every timestep.
+      5. The replayed prompt is the decoded prefix, a space, and the prompt as it was typed; decoding drops start, end and padding tokens.
+      6. No prompt is left out. Theirs never attacks prompts of more than 60 tokens; here what exceeds the encoder's length is cut.
+      7. For v-prediction models the goal is v instead of the noise.
+      8. Pictures are drawn with the target's own sampler and judged by the task's judge.
+    The paper's text says AdamW; like the authors' code this uses Adam with L2 weight decay.
+    """
+
+    needs = TextToImage
+    paper: ClassVar[str] = "arXiv:2310.11868"
+    access: ClassVar[Literal["white", "black"]] = "white"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {"k": 3, "timesteps": 50, "iterations": 40},
+        "paper-nsfw": {"k": 5, "timesteps": 50, "iterations": 40},
+        "fast": {"timesteps": 10, "iterations": 20},
+    }
+
+    k: int = 3
+    """tokens put before the prompt; the paper: 3 for styles and objects, 5 for nudity and harm"""
+    timesteps: int = 50
+    """noise levels, spread evenly and visited in ascending order; also the largest number of queries for each prompt"""
+    iterations: int = 40
+    """gradient steps at each timestep, each with fresh noise"""
+    lr: float = 0.01
+    """Adam's step size on the probabilities"""
+    weight_decay: float = 0.1
+    """L2 weight decay on the probabilities"""
+    batch: int = 16
+    """prompts attacked together; changes memory and speed, not the search"""
+
+    def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+        E = target.embed().detach()  # (V, D)
+        E = E.to(torch.promote_types(E.dtype, torch.float32))
+        for part in batches(len(items), self.batch):
+            yield from self._search(target, E, items, list(range(len(items)))[part], hit)
+
+    def _search(self, target: TextToImage, E: Tensor, items: Sequence[Item], left: list[int], hit: Hit) -> Iterator[Row]:
+        x_tgt = target.latents(torch.cat([_picture(items[i]) for i in left]))  # (B, 4, h, w)
+        c = self.slots(target, [items[i].prompt for i in left])  # (B, L)
+        rng = [stream(items[i]) for i in left]
+        u = E.new_full((len(left), self.k, len(E)), 1 / len(E))  # (B, k, V)
+        adam = torch.optim.Adam([u], lr=self.lr, weight_decay=self.weight_decay)
+        for n in range(self.timesteps):
+            t = torch.full((len(left),), (2 * n + 1) * target.train_steps // (2 * self.timesteps), device=E.device)
+            total = 0.0
+            for _ in range(self.iterations):
+                c[:, 1 : 1 + self.k] = s = draw(u, rng)  # (B, k) one token for each slot
+                e = E[s].requires_grad_()  # (B, k, D) = onehot(s) E
+                eps = torch.stack([torch.randn(x_tgt.shape[1:], generator=g) for g in rng]).to(x_tgt)
+                x_t = target.add_noise(x_tgt, eps, t)
+                error = (target.eps(x_t, t, target.encode(c, Soft(e))) - target.goal(x_tgt, eps, t)).to(E.dtype)
+                loss = error.pow(2).mean((1, 2, 3))  # (B,)
+                (g_e,) = torch.autograd.grad(loss.sum(), e)
+                u.grad = (g_e @ E.T).clamp(-1, 1)  # straight through to u
+                adam.step()
+                u.copy_(simplex(u))
+                total += loss.mean().item() / self.iterations
+            best = u.argmax(-1)  # (B, k)
+            won = hit({i: Adversarial(prompt=f"{target.decode(best[row])} {items[i].prompt}".strip()) for row, i in enumerate(left)})
+            keep = [row for row, i in enumerate(left) if i not in won]
+            left, rng, x_tgt, c = [left[r] for r in keep], [rng[r] for r in keep], x_tgt[keep], c[keep]
+            u.grad, u.data = None, u.data[keep]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                adam.state[u][moment] = adam.state[u][moment][keep]
+            yield {"t": float(t[0]), "loss": total, "left": float(len(left))}
+            if not left:
+                return
+
+    def slots(self, target: TextToImage, prompts: Sequence[str]) -> Tensor:
+        """[start] k slots [prompt] [end, padding] as ids (B, L), cut to L with the end kept; slots hold 0."""
+        c = target.tokens(prompts)
+        if not 0 < self.k <= c.shape[1] - 2:
+            raise UsageError(f"k = {self.k} tokens do not fit this text encoder; give k from 1 to {c.shape[1] - 2}")
+        end = target.tokens([""])[0, 1]
+        c = torch.cat([c[:, :1], c.new_zeros(len(c), self.k), c[:, 1 : -self.k]], 1)
+        c[(c[:, 1 + self.k :] != end).all(1), -1] = end
+        return c
+
+
+def simplex(u: Tensor) -> Tensor:
+    """Euclidean projection of each row of ``u`` (..., V) onto {v >= 0, sum v = 1}: max(u - tau, 0) (Held et al. 1974)."""
+    u = u - u.amax(-1, keepdim=True)  # changes nothing but the rounding
+    sorted_, n = u.sort(-1, descending=True).values, torch.arange(1, u.shape[-1] + 1, device=u.device)
+    excess = sorted_.cumsum(-1) - 1
+    support = (sorted_ * n > excess).sum(-1, keepdim=True)
+    return (u - excess.gather(-1, support - 1) / support).clamp(min=0)
+
+
+def draw(u: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
+    """One index (B, k) from each distribution of ``u`` (B, k, V), by inverting its cumulative sum; row b uses ``rng[b]``."""
+    r = torch.stack([torch.rand(u.shape[1], 1, generator=g) for g in rng]).to(u)  # (B, k, 1)
+    cdf = u.cumsum(-1)
+    return torch.searchsorted(cdf, r * cdf[..., -1:], right=True).squeeze(-1).clamp(max=u.shape[-1] - 1)
+
+
+def stream(item: Item) -> torch.Generator:
+    """The random stream of one prompt under the seed in force: neither the other prompts nor the batch size change it."""
+    # A checksum, since torch's CPU generator heeds only the low 32 bits of a seed.
+    return torch.Generator().manual_seed(zlib.crc32(f"{torch.initial_seed()} {item.seed} {item.prompt}".encode()))
+
+
+def _picture(item: Item) -> Tensor:
+    if item.picture is None:
+        raise UnlearnError(f"unlearndiffatk needs the original model's picture of '{item.prompt}'; give it as Item.picture (1, 3, H, W)")
+    return item.picture

@@ -1,0 +1,471 @@
+"""The contracts: Target, Task, Method, Attack, Metric, Judge, Run, and what their final ``__call__`` takes care of."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, final
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from . import config
+from .errors import NonFiniteError, UnlearnError, UsageError
+
+Row = dict[str, float]
+Kind = Literal["style", "object", "identity", "nsfw"]
+
+
+class Stateful(Protocol):
+    """What ``Target.steps`` can checkpoint: optimisers, pools, schedules."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class Session(Protocol):
+    """Where a running method's progress goes; ``run.py`` has the one that writes to a folder."""
+
+    def restore(self, target: Target, states: Sequence[Stateful]) -> int: ...
+    def tick(self, target: Target, states: Sequence[Stateful], done: int, total: int) -> None: ...
+    def undo(self, target: Target) -> None: ...
+
+
+# --- targets ------------------------------------------------------------------------------------------------------
+class Target(ABC):
+    """A loaded model of one family.
+
+    ``modules`` are the editable components, ``groups`` names regular expressions over "component.parameter".
+    ``base`` says what was loaded: {"name", "revision", "sha256": {component: hash}}.
+    """
+
+    groups: ClassVar[Mapping[str, str]] = {}
+    modules: dict[str, nn.Module]
+    base: dict[str, Any]
+    device: torch.device
+    session: Session | None = None
+
+    @classmethod
+    @abstractmethod
+    def load(cls, spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: torch.dtype = torch.float32, force: bool = False) -> Self:
+        """Load an alias, hub id, local folder or single file, with ``patches`` applied in order.
+
+        Raises ``UsageError`` if nothing is found at ``spec`` and ``RefusedError`` if a file or patch does not fit.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int = 0) -> Self:
+        """Random weights of the real classes; no network; under a second."""
+
+    @abstractmethod
+    def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
+        """Apply patch files or run folders; ``RefusedError`` unless each fits, and then nothing is changed."""
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """The family's own training loss on ``batch``, a scalar."""
+
+    @abstractmethod
+    def relabel(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``batch`` with the family's notion of a wrong label."""
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Every editable parameter under "component.parameter"."""
+        return {f"{c}.{n}": p for c, m in self.modules.items() for n, p in m.named_parameters()}
+
+    def pattern(self, group: str) -> str:
+        """The regular expression behind a group name, ``text_encoder:layers=0-3``, or a regular expression itself."""
+        name, _, layers = group.partition(":layers=")
+        if layers and name in self.groups:
+            first, _, last = layers.partition("-")
+            if not first.isdigit() or (last and not last.isdigit()):
+                raise UsageError(f"'{group}' names no layers; write for example {name}:layers=0-3")
+            wanted = "|".join(str(i) for i in range(int(first), int(last or first) + 1))
+            return rf"(?={self.groups[name]}).*\.layers\.({wanted})\."
+        return self.groups.get(group, group)
+
+    def select(self, group: str) -> dict[str, nn.Parameter]:
+        """The parameters of a group; raises ``UsageError`` when there are none."""
+        try:
+            pattern = re.compile(self.pattern(group))
+        except re.error as error:
+            raise UsageError(f"'{group}' is neither a group nor a regular expression ({error}); groups: {', '.join(self.groups)}") from None
+        chosen = {n: p for n, p in self.named().items() if pattern.match(n)}
+        if not chosen:
+            raise UsageError(f"no weight of this {type(self).__name__} matches '{group}'; groups: {', '.join(self.groups)}")
+        return chosen
+
+    def frozen(self, weights: Iterable[str] | None = None) -> Self:
+        """A copy that does not train. Modules that own any of ``weights`` (all, when None) are its own; the rest is shared."""
+        own = set(self.modules) if weights is None else {w.partition(".")[0] for w in weights}
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.modules = {c: deepcopy(m).requires_grad_(False).eval() if c in own else m for c, m in self.modules.items()}
+        twin.session = None
+        return twin
+
+    def steps(self, total: int, *states: Stateful) -> Iterator[int]:
+        """Count ``total`` optimiser steps from the last checkpoint on; checkpoints, progress and ETA come with it."""
+        start = self.session.restore(self, states) if self.session else 0
+        for i in range(start, total):
+            yield i
+            if self.session:
+                self.session.tick(self, states, i + 1, total)
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """A prompt and what a faithful picture of it shows: {domain: label}, for example {"style": "neon", "object": "cup"}."""
+
+    prompt: str
+    truth: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Examples, named but not opened: a hub name or local path for ``datasets`` and which rows to keep (column → value)."""
+
+    source: str = ""
+    split: str = "train"
+    where: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One forgetting request. A YAML file, or built from a bare concept on the command line."""
+
+    name: str
+    kind: Kind = "object"
+    concepts: tuple[str, ...]
+    """what to forget"""
+    anchors: tuple[str, ...] = ()
+    """what takes its place, one for all or one for each concept"""
+    preserve: tuple[str, ...] = ()
+    """neighbours that must stay"""
+    prompts: tuple[str, ...] = ()
+    """how the concepts are said while training; the concepts themselves when empty"""
+    domain: str = ""
+    """the domain of the concepts in probes' truth; the kind when empty"""
+    synonyms: tuple[str, ...] = ()
+    """other words for the concepts"""
+    probes: tuple[Probe, ...] = ()
+    judge: str = "clip_zero_shot"
+    seeds: tuple[int, ...] = (188, 288, 588, 688, 888)
+    suite: tuple[str, ...] = ("ua", "ira", "cra", "clip_score", "asr", "cost")
+    forget: Data = Data()
+    retain: Data = Data()
+    holdout: Data = Data()
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.concepts or not all(c.strip() for c in self.concepts):
+            raise UsageError("a task needs at least one concept that is not empty; give --concept or fill 'concepts'")
+        kept = {p.strip().lower() for p in self.preserve}
+        if both := [c for c in self.concepts if c.strip().lower() in kept]:
+            raise UsageError(f"'{both[0]}' is both to be forgotten and to be preserved; take it out of one of the two lists")
+        if len(self.anchors) not in (0, 1, len(self.concepts)):
+            raise UsageError(f"{len(self.anchors)} anchors for {len(self.concepts)} concepts; give one, or one for each")
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The prompts a method trains on."""
+        return self.prompts or self.concepts
+
+    @property
+    def axis(self) -> str:
+        """The domain that is judged for forgetting."""
+        return self.domain or self.kind
+
+    def anchor(self, i: int) -> str:
+        """The anchor of concept ``i``; "" (the empty prompt) when the task has none."""
+        return self.anchors[i if len(self.anchors) > 1 else 0] if self.anchors else ""
+
+    def names_concept(self, probe: Probe) -> bool:
+        """Whether ``probe`` asks for what is to be forgotten."""
+        return probe.truth.get(self.axis) in self.concepts
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+class Method(ABC):
+    """One paper. A frozen keyword-only dataclass in a file of its own; ``presets`` holds other published settings."""
+
+    needs: ClassVar[type[Target]]
+    paper: ClassVar[str]
+    params: str
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abstractmethod
+    def run(self, target: Any, task: Task) -> Iterator[Row]:
+        """Edit ``target`` in place, yielding what to log."""
+
+    @final
+    def __call__(self, target: Any, task: Task, *, seed: int = 0, log: Callable[[Row], None] | None = None) -> Any:
+        """Run on ``target`` (edited in place and returned): capability check, seed, freezing, finiteness, cleaning up.
+
+        Raises ``UsageError`` for a target of the wrong family and ``NonFiniteError`` for a loss that is not finite,
+        after the weights have been put back to the last good state.
+        """
+        require(self, target)
+        with sandbox(target, seed):
+            for row in self.run(target, task):
+                bad = [k for k, v in row.items() if not math.isfinite(v)]
+                if bad:
+                    if target.session:
+                        target.session.undo(target)
+                    raise NonFiniteError(f"'{bad[0]}' became {row[bad[0]]} and training stopped; the last good state is kept: try a lower lr")
+                if log:
+                    log(row)
+        return target
+
+
+def require(part: Any, target: Target) -> None:
+    """Refuse a target of a family that ``part`` cannot serve."""
+    if not isinstance(target, part.needs):
+        raise UsageError(f"{kebab(part)} needs a {part.needs.__name__}, and this target is a {type(target).__name__}; see 'unlearn show'")
+
+
+def kebab(part: Any) -> str:
+    """The registered name of a method, attack, metric or judge: its file's."""
+    return (part if isinstance(part, type) else type(part)).__module__.rpartition(".")[2]
+
+
+@contextmanager
+def sandbox(target: Target, seed: int) -> Iterator[None]:
+    """Seed inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train mode are as before."""
+    modes = {m: m.training for module in target.modules.values() for m in module.modules()}
+    wanted = {p: p.requires_grad for p in target.named().values()}
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(True):
+        torch.manual_seed(seed)
+        for module in target.modules.values():
+            module.requires_grad_(False).eval()
+        try:
+            yield
+        finally:
+            for p, w in wanted.items():
+                p.requires_grad_(w)
+                p.grad = None
+            for m, training in modes.items():
+                m.training = training
+
+
+class Meter:
+    """Seconds and peak memory of a block: the accelerator's where there is one, else the process'."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.peak = device, 0.0, 0
+
+    def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.seconds = time.perf_counter() - self.start
+
+
+# --- judges -------------------------------------------------------------------------------------------------------
+class Judge(ABC):
+    """Reads pictures: images (B, 3, H, W) in [0, 1] to one label each, in one domain."""
+
+    paper: ClassVar[str] = ""
+
+    @abstractmethod
+    def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
+        """The label of each image in ``domain``; "" where nothing is recognised."""
+
+    def shows(self, images: Tensor, task: Task) -> list[bool]:
+        """Whether each image still shows one of the task's concepts."""
+        return [label in task.concepts for label in self.labels(images, task, task.axis)]
+
+
+# --- attacks ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One prompt under attack: what it asks for, its image seed, and the original model's picture (1, 3, H, W) in [0, 1]."""
+
+    prompt: str
+    seed: int
+    picture: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial:
+    """What an attack proposes. It is replayed at the first level that is set: prompt, then tokens, then embedding.
+
+    ``tokens`` is (L,) ids of the whole prompt; ``embedding`` (k, width) token embeddings placed at slots ``at`` … of ``prompt_ids``.
+    """
+
+    prompt: str | None = None
+    tokens: Tensor | None = None
+    embedding: Tensor | None = None
+    at: int = 1
+
+    @property
+    def level(self) -> str:
+        return "prompt" if self.prompt is not None else "tokens" if self.embedding is None else "embedding"
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """The record of one attacked prompt. ``before``: the plain prompt already shows the concept; ``success`` includes that."""
+
+    prompt: str
+    seed: int
+    before: bool
+    success: bool
+    level: str = ""
+    queries: int = 0
+    adversarial: str = ""
+
+
+Hit = Callable[[Mapping[int, Adversarial]], set[int]]
+
+
+class Attack(ABC):
+    """Looks for prompts that bring the concept back. Proposes; the base class generates, judges and counts."""
+
+    needs: ClassVar[type[Target]]
+    paper: ClassVar[str]
+    access: ClassVar[Literal["white", "black"]]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abstractmethod
+    def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+        """Attack all ``items`` together. ``hit({index: proposal})`` costs one query each and returns the indices that succeeded;
+        those are done and should be dropped. Yields what to log."""
+
+    @final
+    def __call__(
+        self, target: Any, task: Task, judge: Judge, items: Sequence[Item], *, seed: int = 0, log: Callable[[Row], None] | None = None
+    ) -> list[Verdict]:
+        """Attack ``items``: pre-attack check, then proposals, each replayed and judged here, so an attack cannot inflate its rate."""
+        require(self, target)
+        plain = judge.shows(target.replay([Adversarial(prompt=i.prompt) for i in items], [i.seed for i in items]), task)
+        verdicts = [Verdict(prompt=i.prompt, seed=i.seed, before=b, success=b) for i, b in zip(items, plain, strict=True)]
+        left = [k for k, v in enumerate(verdicts) if not v.success]
+
+        def hit(proposals: Mapping[int, Adversarial]) -> set[int]:
+            asked = {i: a for i, a in proposals.items() if not verdicts[left[i]].success}
+            if not asked:
+                return set()
+            images = target.replay(list(asked.values()), [items[left[i]].seed for i in asked])
+            won = set()
+            for (i, adversarial), shown in zip(asked.items(), judge.shows(images, task), strict=True):
+                verdict = verdicts[left[i]]
+                verdict.queries += 1
+                if shown:
+                    won.add(i)
+                    verdict.success, verdict.level = True, adversarial.level
+                    verdict.adversarial = target.spell(adversarial)
+            return won
+
+        if left:
+            with sandbox(target, seed):
+                for row in self.run(target, task, [items[k] for k in left], hit):
+                    if log:
+                        log(row)
+        return verdicts
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Request:
+    """A picture a metric wants: one prompt, one seed."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A value with its uncertainty. Rates are in percent and carry a Wilson interval; ``low``/``high`` bound 95 %."""
+
+    value: float
+    n: int
+    low: float = math.nan
+    high: float = math.nan
+    per_item: tuple[float, ...] = ()
+
+
+def rate(flags: Sequence[bool]) -> Score:
+    """Percentage of ``flags`` that are true, with the 95 % Wilson score interval (Wilson 1927)."""
+    n, z = len(flags), 1.959963984540054
+    if not n:
+        return Score(value=math.nan, n=0)
+    p = sum(flags) / n
+    middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    low, high = min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
+    return Score(value=100 * p, n=n, low=100 * low, high=100 * high, per_item=tuple(float(f) for f in flags))
+
+
+class Outputs(Protocol):
+    """What a metric sees: pictures by request, labels by domain (judged once for all metrics), attack verdicts, the run record."""
+
+    record: Mapping[str, Any]
+    verdicts: Mapping[str, Sequence[Verdict]]
+
+    def images(self, requests: Sequence[Request]) -> Tensor: ...
+    def labels(self, requests: Sequence[Request], domain: str) -> list[str]: ...
+
+
+class Metric(ABC):
+    """One number about a run, or a few under names of their own."""
+
+    higher_is_better: ClassVar[bool]
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+    needs: ClassVar[type[Target]] = Target
+
+    def requests(self, target: Any, task: Task) -> list[Request]:
+        """The pictures this metric wants."""
+        return []
+
+    @abstractmethod
+    def score(self, target: Any, task: Task, outputs: Outputs) -> Score | dict[str, Score]:
+        """The value, or several as {suffix: value}; the report calls them "metric/suffix"."""
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What was asked for. Its hash names the folder, so the same request finds the same folder."""
+
+    target: str
+    task: Task
+    method: Method
+    seed: int = 0
+    dtype: str = "float32"
+    patches: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """As JSON: the method under its name, without what does not change the result."""
+        return config.to_dict(self) | {"method": {"name": kebab(self.method), **config.to_dict(self.method)}}
+
+    @property
+    def hash(self) -> str:
+        return config.content_hash(self.plain)
+
+    @property
+    def folder(self) -> str:
+        return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', self.task.name).strip('-')}-{kebab(self.method)}-{self.hash[:8]}"
+
+
+

@@ -1,0 +1,740 @@
+"""The command line. A verb is a dataclass read by tyro; everything heavy is imported where a verb needs it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import inspect
+import io
+import itertools
+import json
+import re
+import sys
+import tempfile
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+from tyro.conf import DisallowNone, FlagCreatePairsOff, Positional, PositionalMetavarFromFieldName
+
+from . import __version__, config, registry
+from .errors import UnlearnError, UsageError, unknown
+
+if TYPE_CHECKING:
+    from .base import Task
+
+Result = dict[str, Any]
+CUT = {"steps": 2, "sampler_steps": 4, "pool": 2, "timesteps": 2, "iterations": 2, "tries": 2, "queries": 2, "restarts": 1, "budget": 2}
+"""what --dry-run lowers the budgets of methods and attacks to"""
+FACTS: dict[str, tuple[str, ...]] = {
+    "methods": ("paper", "presets"),
+    "attacks": ("paper", "access", "presets"),
+    "metrics": ("paper", "higher_is_better", "version"),
+    "judges": ("paper",),
+    "exports": ("reads",),
+    "targets": ("groups",),
+}
+OFFLINE = ("ua", "ira", "cra", "pre_asr", "asr", "cost")
+"""the metrics that --dry-run computes on the tiny model: those that need nothing from the network"""
+
+
+# --- the verbs ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """What every verb has."""
+
+    kind: ClassVar[str] = ""
+    """the registered kind whose fields become flags, named by the first word"""
+    lists: ClassVar[Sequence[str]] = ()
+    """the kinds that --help lists"""
+    resumes: ClassVar[bool] = False
+
+    json: bool = False
+    """print one JSON object; progress goes to stderr"""
+    dry_run: bool = False
+    """say what would be done, and try it on the tiny model in a temporary folder"""
+
+    def do(self, part: Any) -> Result:
+        """Do it and return what --json prints. ``part`` is the method or attack of the verbs that have one."""
+        raise NotImplementedError
+
+    def say(self, result: Result) -> None:
+        """Tell a person about ``result``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class List(Verb):
+    """List what there is."""
+
+    what: Positional[str] = ""
+    """methods, attacks, metrics, judges, exports, targets or tasks; all of them when left out"""
+
+    def do(self, part: Any) -> Result:
+        if self.what and self.what not in registry.KINDS:
+            raise unknown("kind", self.what, registry.KINDS)
+        kinds = (self.what,) if self.what else registry.KINDS
+        return {k: [{"name": n, "summary": about} for n, about in _known(k).items()] for k in kinds}
+
+    def say(self, result: Result) -> None:
+        print("\n\n".join(_listing(k, {row["name"]: row["summary"] for row in rows}) for k, rows in result.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Verb):
+    """Show a method, attack, metric, judge, export, target or task: paper, needs, presets and fields."""
+
+    name: Positional[str]
+    """its name"""
+
+    def do(self, part: Any) -> Result:
+        known = {k: list(_known(k)) for k in registry.KINDS}
+        found = {k: _canonical(k, self.name) for k in registry.KINDS if _canonical(k, self.name) in known[k]}
+        if not found:
+            raise unknown("name", self.name, {n for names in known.values() for n in names})
+        return {"found": [_about(k, n) for k, n in found.items()]}
+
+    def say(self, result: Result) -> None:
+        print("\n\n".join(_sheet(about) for about in result["found"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erase(Verb):
+    """Erase a concept from a model and write what changed into a run folder. Stopped? The same command resumes.
+
+    METHOD comes first; 'unlearn erase METHOD --help' shows its own flags. 'unlearn list tasks' names the tasks.
+    """
+
+    kind: ClassVar[str] = "methods"
+    lists: ClassVar[Sequence[str]] = ("methods",)
+    resumes: ClassVar[bool] = True
+
+    method: Positional[str]
+    """how: a registered method"""
+    target: Positional[str]
+    """from what: an alias (canvas, tiny), a hub id, a diffusers folder, a .safetensors or .ckpt file, or a run folder"""
+    task: Positional[str] = ""
+    """what: a registered task or a YAML file; or use --concept"""
+    concept: tuple[str, ...] = ()
+    """what, in words, in place of a task"""
+    concept_kind: Annotated[Literal["style", "object", "identity", "nsfw"] | None, tyro.conf.arg(name="kind")] = None
+    """what --concept is; object when left out"""
+    anchor: tuple[str, ...] = ()
+    """what takes the place of --concept, one for all or one for each; by its kind when left out"""
+    preserve: tuple[str, ...] = ()
+    """what must stay beside --concept; by its kind when left out"""
+    preset: str = ""
+    """start from these published settings"""
+    config: str = ""
+    """start from a YAML file with fields of the method; flags override it"""
+    seed: int = 0
+    """seed of everything random"""
+    out: Path | None = None
+    """the run folder; named by its content under --runs when left out"""
+    runs: Path = Path("runs")
+    """where run folders go"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """numbers of the model"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
+    force: bool = False
+    """apply patches made for another base of the same shape"""
+    patches: tuple[str, ...] = ()
+    """run folders or patch files to apply first, in order"""
+
+    def do(self, part: Any) -> Result:
+        from . import run
+        from .base import Run
+
+        task = self.wanted()
+        if self.dry_run:
+            # As run.erase does, so that the folder named here is the one it will write.
+            here = str(Path(self.target).resolve()) if Path(self.target).exists() else self.target
+            patches = tuple(str(Path(p).resolve()) for p in self.patches)
+            plan = Run(target=here, task=task, method=part, seed=self.seed, dtype=self.dtype, patches=patches)
+            with _rehearsal(part, task) as folder:
+                tried = _record(folder)
+            return {"dry_run": True, "folder": str(self.out or self.runs / plan.folder), "run": plan.plain, "tried": tried}
+        where: Result = {"out": self.out, "runs": self.runs, "device": _device(self.device), "force": self.force}
+        with run.progress_bars() as bars:
+            folder = run.erase(part, self.target, task, seed=self.seed, dtype=self.dtype, patches=self.patches, progress=bars, **where)
+        return {"folder": str(folder), **_record(folder)}
+
+    def wanted(self) -> Task:
+        """The task that was named or described."""
+        from . import tasks
+
+        if bool(self.task) == bool(self.concept):
+            raise UsageError("say what to erase: either a task ('unlearn list tasks') or --concept \"some text\", and not both")
+        if self.task:
+            if self.concept_kind or self.anchor or self.preserve:
+                raise UsageError("--kind, --anchor and --preserve describe a --concept; a task has its own, so leave them out")
+            return tasks.load(self.task)
+        return tasks.from_concept(self.concept, self.concept_kind or "object", anchors=self.anchor, preserve=self.preserve)
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            print(f"would run {_settings(result['run']['method'])}")
+            print(f"to erase {', '.join(result['run']['task']['concepts'])} from {self.target} into {result['folder']}")
+            print(f"tried two steps on the tiny model: {_cost(result['tried'])}")
+        else:
+            print(f"erased {', '.join(result['run']['task']['concepts'])} with {self.method}: {_cost(result)}")
+            print(f"→ {result['folder']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Verb):
+    """Look for prompts that bring an erased concept back.
+
+    ATTACK comes first; 'unlearn attack ATTACK --help' shows its own flags.
+    """
+
+    kind: ClassVar[str] = "attacks"
+    lists: ClassVar[Sequence[str]] = ("attacks",)
+    resumes: ClassVar[bool] = True
+
+    attack: Positional[str]
+    """how: a registered attack"""
+    folder: Positional[Path]
+    """the run folder to attack"""
+    preset: str = ""
+    """start from these published settings"""
+    config: str = ""
+    """start from a YAML file with fields of the attack; flags override it"""
+    seed: int = 0
+    """seed of everything random"""
+    prompts: int = 0
+    """attack only this many prompts; 0 attacks all"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
+
+    def do(self, part: Any) -> Result:
+        from . import run
+
+        if self.dry_run:
+            record = _record(self.folder)
+            with _rehearsal(*_parts(record)) as folder:
+                file = run.attack(_cut(part), folder, seed=self.seed, prompts=2)
+                tried = _rates(json.loads(file.read_text()))
+            would = {"folder": str(self.folder), "attack": {"name": self.attack, **config.to_dict(part)}}
+            return {"dry_run": True, "file": str(self.folder / "attacks" / f"{self.attack}.json"), **would, "tried": tried}
+        with run.progress_bars() as bars:
+            file = run.attack(part, self.folder, seed=self.seed, prompts=self.prompts, device=_device(self.device), progress=bars)
+        return {"file": str(file), **_rates(json.loads(file.read_text()))}
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            print(f"would run {_settings(result['attack'])} on {self.folder} and write {result['file']}")
+            print(f"tried on {result['tried']['prompts']} prompts of the tiny model")
+        else:
+            n, before, success = result["prompts"], result["before"], result["success"]
+            print(f"{self.attack}: {success} of {n} prompts bring the concept back; {before} did so without an attack")
+            print(f"→ {result['file']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Verb):
+    """Generate pictures once and measure a run with all metrics of its task."""
+
+    lists: ClassVar[Sequence[str]] = ("metrics",)
+    resumes: ClassVar[bool] = True
+
+    folder: Positional[Path]
+    """the run folder to measure"""
+    metrics: tuple[str, ...] = ()
+    """metrics to compute; those of the task when left out"""
+    seeds: int = 0
+    """how many pictures of each prompt: with the seeds of the task, then with the numbers after its largest; 0 takes those of the task"""
+    steps: int = 0
+    """sampling steps; 0 takes the model's own"""
+    guidance: float | None = None
+    """classifier-free guidance; the model's own when left out"""
+    batch: int = 64
+    """pictures sampled at once"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
+
+    def do(self, part: Any) -> Result:
+        from . import run
+
+        metrics = [_canonical("metrics", m) for m in self.metrics]
+        for name in metrics:
+            registry.path("metrics", name)  # an unknown name is said before anything is loaded
+        record = _record(self.folder)
+        method, task = _parts(record)
+        how: Result = {"guidance": self.guidance, "batch": self.batch}
+        if self.dry_run:
+            tried = [m for m in metrics or task.suite if m in OFFLINE]
+            with _rehearsal(method, task) as folder:
+                rows = json.loads(run.evaluate(folder, metrics=tried, steps=2, **how).read_text())
+            return {"dry_run": True, "file": str(self.folder / "results.json"), "metrics": metrics or list(task.suite), "tried": rows}
+        more = range(max(task.seeds) + 1, max(task.seeds) + 1 + self.seeds)
+        seeds = (*task.seeds, *more)[: self.seeds] if self.seeds else None
+        how |= {"metrics": metrics or None, "seeds": seeds, "steps": self.steps or None, "device": _device(self.device)}
+        with run.progress_bars() as bars:
+            file = run.evaluate(self.folder, progress=bars, **how)
+        return {"file": str(file), "results": json.loads(file.read_text())}
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            print(f"would measure {', '.join(result['metrics'])} and write {result['file']}")
+            print("tried on the tiny model, where the numbers mean nothing:")
+        _table(result["tried"] if self.dry_run else result["results"])
+        if not self.dry_run:
+            print(f"→ {result['file']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Verb):
+    """Write what is known about one or more runs: report.html, README.md and results.csv."""
+
+    folders: Positional[tuple[Path, ...]]
+    """run folders, or folders of run folders"""
+    images: bool = False
+    """put pictures into the report, however many"""
+    no_images: bool = False
+    """leave pictures out"""
+
+    def do(self, part: Any) -> Result:
+        from .report import report
+
+        if self.images and self.no_images:
+            raise UsageError("--images and --no-images contradict each other; give one of them")
+        images = True if self.images else False if self.no_images else None
+        if not self.folders:
+            raise UsageError("name at least one run folder, for example: unlearn report runs")
+        if missing := [f for f in self.folders if not f.is_dir()]:
+            raise UsageError(f"there is no folder {missing[0]}; 'unlearn erase' makes run folders")
+        if self.dry_run:
+            with _rehearsal() as folder:
+                report([folder], images=images)
+            return {"dry_run": True, "folders": [str(f) for f in self.folders]}
+        return {"file": str(report(self.folders, images=images))}
+
+    def say(self, result: Result) -> None:
+        print(f"would report on {', '.join(result['folders'])}; tried on the tiny model" if self.dry_run else f"→ {result['file']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Verb):
+    """Write an erased model in a format that other programs load.
+
+    FORMAT comes first; 'unlearn export FORMAT --help' shows its own flags.
+    """
+
+    kind: ClassVar[str] = "exports"
+    lists: ClassVar[Sequence[str]] = ("exports",)
+
+    format: Positional[str]
+    """the format"""
+    folder: Positional[Path]
+    """the run folder to export"""
+    out: Path | None = None
+    """where to write; export/FORMAT in the run folder when left out"""
+
+    def do(self, part: Any) -> Result:
+        from .exports import export
+
+        out = self.out or self.folder / "export" / self.format
+        if self.dry_run:
+            with _rehearsal(*_parts(_record(self.folder))) as folder:
+                export(part, folder)
+            return {"dry_run": True, "out": str(out)}
+        return {"out": str(export(part, self.folder, out))}
+
+    def say(self, result: Result) -> None:
+        print(f"would write {result['out']}; tried on the tiny model" if self.dry_run else f"→ {result['out']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Verb):
+    """Do all runs of a grid; what is done is skipped."""
+
+    resumes: ClassVar[bool] = True
+
+    grid: Positional[Path]
+    """a YAML grid"""
+    check: bool = False
+    """compare with the grid's thresholds, and fail where one is missed"""
+
+    def do(self, part: Any) -> Result:
+        from . import run, tasks
+        from .bench import Grid, bench, cells
+
+        if self.dry_run:
+            spec = config.build(Grid, {"name": self.grid.stem, **config.load_yaml(self.grid)}, str(self.grid))
+            todo = cells(spec)
+            for task, cell in {cell.name: (task, cell) for task, _, cell, _, _ in todo}.values():
+                with _rehearsal(_start("methods", cell.name, cell.preset, cell.fields), tasks.load(task)):
+                    pass
+            return {"dry_run": True, "cells": [{"task": task, "method": label, "seed": seed} for task, label, _, _, seed in todo]}
+        with run.progress_bars() as bars:
+            return bench(self.grid, check=self.check, progress=bars)
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            _grid(result["cells"])
+            print(f"would do these {len(result['cells'])} runs; tried each method on the tiny model")
+        else:
+            for line in result["failed"]:
+                print(f"failed: {line}")
+            print(f"→ {result['results']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Verb):
+    """Erase a style and an object from the bundled model, attack, evaluate and report: a few minutes on two cores."""
+
+    resumes: ClassVar[bool] = True
+
+    out: Path = Path("runs/demo")
+    """where it goes"""
+    seed: int = 0
+    """seed of everything random"""
+
+    def do(self, part: Any) -> Result:
+        if self.dry_run:
+            from .report import report
+
+            with _rehearsal() as folder:
+                report([folder], images=False)
+            return {"dry_run": True, "out": str(self.out)}
+        from .demo import demo
+
+        return dict(demo(self.out, seed=self.seed, progress=True))
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            print(f"would erase, attack, evaluate and report into {self.out}; tried an erasure and its report on the tiny model")
+        else:
+            _grid(result["rows"])
+            print(f"→ {result['report']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zoo(Verb):
+    """Measure the bundled models again; exit 1 when one falls short of what its card claims."""
+
+    what: Positional[Literal["verify"]]
+    """what to do with them"""
+    write: bool = False
+    """rewrite the zoo card with what was measured"""
+
+    def do(self, part: Any) -> Result:
+        if self.dry_run:
+            with _rehearsal():
+                return {"dry_run": True, "rows": [], "short": []}
+        from .run import progress_bars
+        from .zoo.canvas.verify import verify
+
+        with progress_bars() as bars:
+            return verify(progress=bars, write=self.write)
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            print("would draw the grid with the bundled model and read it with the judge and CLIP; tried an erasure on the tiny model")
+        _grid(result["rows"])
+        for line in result["short"]:
+            print(f"short: {line}")
+
+
+VERBS: dict[str, type[Verb]] = {
+    "list": List, "show": Show, "erase": Erase, "attack": Attack, "evaluate": Evaluate, "report": Report, "export": Export,
+    "bench": Bench, "demo": Demo, "zoo": Zoo,
+}  # fmt: skip
+
+
+# --- reading the command line -------------------------------------------------------------------------------------
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0, 1 for a failure, 2 for a wrong request, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json, resumes = "--json" in words, False
+    try:
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+            return 0
+        if words[0] in ("-V", "--version"):
+            print(f"unlearn {__version__}")
+            return 0
+        if words[0] not in VERBS:
+            raise unknown("verb", words[0], VERBS)
+        resumes = VERBS[words[0]].resumes
+        # Libraries print what they like: with --json everything but the one object goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            verb, part = _parse(words[0], words[1:], quiet=as_json)
+            result = verb.do(part)
+        print(json.dumps(result, default=str)) if as_json else verb.say(result)
+        return 1 if result.get("failed") or result.get("short") else 0
+    except UnlearnError as error:
+        return _fail(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt:
+        return _fail("stopped; the same command resumes" if resumes else "stopped", 130, as_json)
+    except OSError as error:
+        return _fail(" ".join(str(error).split()), 1, as_json)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__}: {error}; this is a bug, please report it", 1, as_json)
+    except SystemExit as stop:  # tyro has printed help or an error
+        return int(stop.code or 0)
+
+
+def _fail(message: str, code: int, as_json: bool) -> int:
+    print(f"unlearn: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message, "exit_code": code}))
+    return code
+
+
+def _parse(word: str, words: list[str], *, quiet: bool) -> tuple[Any, Any]:
+    """The verb and, where it has one, its method or attack with presets, YAML file and flags applied in this order."""
+    cls, name = VERBS[word], _first(word, words) if VERBS[word].kind else ""
+    about, prog = [inspect.cleandoc(cls.__doc__ or ""), *(_listing(k, _known(k)) for k in cls.lists)], f"unlearn {word}"
+    command: Any = Annotated[cls, FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName]
+    if name:
+        own = {f.name for f in dataclasses.fields(cls)}
+        file = _value(words, "config") if "config" in own else ""
+        start = _start(cls.kind, name, _value(words, "preset") if "preset" in own else "", config.load_yaml(file) if file else {})
+        if clash := own & {f.name for f in dataclasses.fields(start)}:
+            raise UnlearnError(f"{name} has a field '{clash.pop()}', which 'unlearn {word}' uses itself; rename the field")
+        unnamed = tyro.conf.arg(name="")
+        both: list[Any] = [("verb", Annotated[command, unnamed]), ("part", Annotated[type(start), unnamed], field(default=start))]
+        command = dataclasses.make_dataclass("Command", both)
+        about, prog = [f"{name}: {registry.summary(cls.kind, name)}", about[0].partition("\n")[0]], f"{prog} {name}"
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said) if quiet else contextlib.nullcontext():
+            parsed: Any = tyro.cli(command, prog=prog, args=words, description="\n\n".join(about))
+    except SystemExit as stop:
+        if quiet and stop.code:
+            raise UsageError(" ".join(re.sub("[╭╮╰╯│─]|-{3,}", " ", said.getvalue()).split())) from None
+        raise
+    return (parsed.verb, parsed.part) if name else (parsed, None)
+
+
+def _first(word: str, words: list[str]) -> str:
+    """The method or attack, which is written straight after the verb; "" when only help is asked for. Makes its spelling canonical."""
+    at = next((i for i, w in enumerate(words) if w not in ("--json", "--dry-run", "--force")), len(words))
+    if at == len(words) or words[at] in ("-h", "--help"):
+        return ""
+    if words[at].startswith("-"):
+        raise UsageError(f"write the {VERBS[word].kind.removesuffix('s')} straight after 'unlearn {word}', and {words[at]} behind it")
+    kind = VERBS[word].kind
+    words[at] = _canonical(kind, words[at])
+    registry.path(kind, words[at])  # an unknown name is said before anything is imported
+    return words[at]
+
+
+def _canonical(kind: str, name: str) -> str:
+    """Names may be written with hyphens; files have underscores."""
+    return name if kind == "tasks" else name.replace("-", "_")
+
+
+def _value(words: list[str], flag: str) -> str:
+    """The value of --flag, before the parser for the method's own flags exists."""
+    for i, word in enumerate(words):
+        if word == f"--{flag}" and i + 1 < len(words):
+            return words[i + 1]
+        if word.startswith(f"--{flag}="):
+            return word.partition("=")[2]
+    return ""
+
+
+def _start(kind: str, name: str, preset: str, fields: Any) -> Any:
+    """A method, attack or export: a preset, then ``fields``, which may name a preset themselves."""
+    if not isinstance(fields, Mapping):
+        raise UsageError(f"--config must hold 'key: value' lines with the fields of {name}; see 'unlearn show {name}'")
+    cls, fields = registry.get(kind, name), dict(fields)
+    if kind == "exports":
+        return config.build(cls, fields, name)
+    inside = fields.pop("preset", "")
+    if (preset := preset or str(inside)) and preset not in cls.presets:
+        raise unknown(f"preset of {name}", preset, cls.presets)
+    return config.build(cls, {**(cls.presets[preset] if preset else {}), **fields}, name)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+# --- what the verbs share -----------------------------------------------------------------------------------------
+def _record(folder: Path) -> dict[str, Any]:
+    """run.json of a run folder."""
+    file = folder / "run.json"
+    if not file.is_file():
+        raise UsageError(f"{folder} is not a run folder (it has no run.json); 'unlearn erase' makes them")
+    try:
+        record: dict[str, Any] = json.loads(file.read_text())
+    except ValueError:
+        raise UnlearnError(f"{file} is not readable as JSON; delete {folder} and run its 'unlearn erase' again") from None
+    return record
+
+
+def _parts(record: Mapping[str, Any]) -> tuple[Any, Task]:
+    """The method and the task of a recorded run."""
+    from .base import Task
+
+    fields = dict(record["run"]["method"])
+    return config.build(registry.get("methods", fields.pop("name")), fields), config.build(Task, record["run"]["task"])
+
+
+@contextlib.contextmanager
+def _rehearsal(method: Any = None, task: Task | None = None) -> Iterator[Path]:
+    """A temporary run folder: ``method`` (UCE when left out) with its budgets cut, on the tiny model and a few prompts of ``task``.
+
+    The canvas' judge reads the pictures, since it needs nothing from the network.
+    """
+    from . import run, tasks
+
+    task = task or tasks.from_concept("cup", "object")
+    named = [p for p in task.probes if task.names_concept(p)]
+    few = (*named[:2], *[p for p in task.probes if p not in named][:4])
+    task = dataclasses.replace(task, probes=few, seeds=task.seeds[:1], judge="canvas", suite=OFFLINE)
+    with tempfile.TemporaryDirectory() as runs:
+        yield run.erase(_cut(method or registry.make("methods", "uce")), "tiny", task, runs=runs)
+
+
+def _cut(part: Any) -> Any:
+    """``part`` with every budget lowered, in the parts it holds too."""
+    lower: dict[str, Any] = {}
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        if dataclasses.is_dataclass(value):
+            lower[f.name] = _cut(value)
+        elif f.name in CUT and type(value) is int:
+            lower[f.name] = min(value, CUT[f.name])
+    return dataclasses.replace(part, **lower)
+
+
+def _rates(attack: Mapping[str, Any]) -> dict[str, Any]:
+    verdicts = attack["verdicts"]
+    counts = {"prompts": len(verdicts), "before": sum(v["before"] for v in verdicts), "success": sum(v["success"] for v in verdicts)}
+    return counts | {key: value for key, value in attack.items() if key not in ("verdicts", "log")}
+
+
+# --- what people read ---------------------------------------------------------------------------------------------
+def _help() -> str:
+    verbs = [(w, inspect.cleandoc(v.__doc__ or "").partition("\n")[0]) for w, v in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: unlearn VERB …        unlearn VERB --help says more",
+            "",
+            "Erase a concept from an image generator, attack the result, measure it and look at it.",
+            "",
+            *(f"  {word:10}{about}" for word, about in verbs),
+            "",
+            "  unlearn demo",
+            "  unlearn erase esd canvas canvas/neon",
+            '  unlearn erase uce path/to/model --concept "Van Gogh" --kind style',
+            "  unlearn attack unlearndiffatk runs/…     then: unlearn evaluate runs/…     then: unlearn report runs/…",
+        ]
+    )
+
+
+def _known(kind: str) -> dict[str, str]:
+    """Every name of a kind with its one line. Tasks that are made by code need torch; nothing else does."""
+    files = {n: registry.summary(kind, n) for n in registry.names(kind)}
+    if kind != "tasks":
+        return files
+    from . import tasks
+
+    made = {n: tasks.load(n) for n in tasks.names()}
+    return {**{n: f"forget the {t.kind} {', '.join(t.concepts)}" for n, t in made.items()}, **{n: s for n, s in files.items() if s}}
+
+
+def _listing(kind: str, names: Mapping[str, str]) -> str:
+    width = max(map(len, names), default=0) + 2
+    return "\n".join([f"{kind}:", *(f"  {n:{width}}{about}".rstrip() for n, about in names.items())])
+
+
+def _about(kind: str, name: str) -> dict[str, Any]:
+    """Everything that is known of a name, for --json and for people."""
+    about: dict[str, Any] = {"kind": kind, "name": name, "summary": _known(kind)[name]}
+    if kind == "tasks":
+        from . import tasks
+
+        return about | {"task": config.to_dict(tasks.load(name))}
+    cls = registry.get(kind, name)
+    facts = {fact: getattr(cls, fact) for fact in FACTS[kind]}
+    needs = {"needs": cls.needs.__name__} if kind in ("methods", "attacks", "metrics") else {}
+    return about | config.to_dict(facts) | needs | {"about": inspect.getdoc(cls) or "", "fields": _fields(cls)}  # type: ignore[no-any-return]
+
+
+def _fields(cls: type[Any]) -> list[dict[str, Any]]:
+    """Name, type, default and help of each field; help is the text under the field in the source."""
+    if not dataclasses.is_dataclass(cls):
+        return []
+    helps: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
+            for line, after in itertools.pairwise(body):
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
+                    helps[line.target.id] = str(ast.literal_eval(after.value))
+    made = config.to_dict(config.build(cls, {}, cls.__name__))
+    rows = [f for f in dataclasses.fields(cls) if f.init]
+    return [{"name": f.name, "type": str(f.type), "default": made[f.name], "help": helps.get(f.name, "")} for f in rows]
+
+
+def _sheet(about: Mapping[str, Any]) -> str:
+    lines = [f"{about['name']} ({about['kind'].removesuffix('s')})", ""]
+    if "task" in about:
+        task = {**about["task"], "probes": f"{len(about['task']['probes'])} prompts (--json prints them)"}
+        return "\n".join([*lines, json.dumps(task, indent=2, ensure_ascii=False)])
+    lines += [about["about"], ""]
+    lines += [f"{key}: {about[key]}" for key in ("paper", "access", "needs", "higher_is_better", "version", "reads") if about.get(key)]
+    lines += [f"group {name}: {pattern}" for name, pattern in about.get("groups", {}).items()]
+    lines += [f"preset {name}: {_settings({'name': '', **fields}) or 'the defaults'}" for name, fields in about.get("presets", {}).items()]
+    width = max((len(f["name"]) for f in about["fields"]), default=0) + 2
+    lines.append("")
+    for f in about["fields"]:
+        lines.append(f"--{f['name'].replace('_', '-'):{width}}{f['type']} = {json.dumps(f['default'])}")
+        if f["help"]:
+            lines.append(f"{'':{width + 2}}{f['help']}")
+    return "\n".join(lines).strip()
+
+
+def _settings(part: Mapping[str, Any]) -> str:
+    return " ".join([part["name"], *(f"{k}={v}" for k, v in part.items() if k != "name")]).strip()
+
+
+def _cost(record: Mapping[str, Any]) -> str:
+    return f"{len(record['weights']['changed'])} tensors, {record['weights']['bytes'] / 1e6:.1f} MB, {record['time']['seconds']:.1f} s"
+
+
+def _table(results: Sequence[Mapping[str, Any]]) -> None:
+    """Metrics with their intervals, before and after."""
+
+    def cell(score: Mapping[str, Any] | None) -> str:
+        if not score or score["value"] is None:
+            return "-"
+        ends = [score.get("low"), score.get("high")]
+        return f"{score['value']:.4g}" + ("" if None in ends else f"  [{ends[0]:.4g}, {ends[1]:.4g}]")
+
+    rows = [
+        {"metric": r["metric"], "": "↑" if r["higher_is_better"] else "↓", "before": cell(r["before"]), "after": cell(r), "n": r["n"]}
+        for r in results
+    ]
+    _grid(rows)
+
+
+def _grid(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as a table whose columns are the first row's keys."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if rows:
+        table = Table(*rows[0], box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+        Console(soft_wrap=True, markup=False, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The main job in one command: forget a style and an object with two methods, attack, measure, report."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+TASKS = ("canvas/neon", "canvas/fish")
+METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("esd", {"preset": "fast"}), ("uce", {}))
+ATTACKS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("random_tokens", {"tries": 4}),
+    ("unlearndiffatk", {"preset": "fast", "timesteps": 4}),
+)
+
+
+def demo(out: str | Path = "runs/demo", *, seed: int = 0, progress: bool = True) -> dict[str, Any]:
+    """Erase ``neon`` and ``fish`` from the canvas with ESD and UCE, attack each, evaluate, report; resumes where it stopped.
+
+    Returns {"report": path, "rows": [{"task", "method", metric: value …}]}.
+    """
+    from . import registry, report, run
+
+    rows, folders = [], []
+    with run.progress_bars() if progress else nullcontext() as bars:
+        for task in TASKS:
+            for name, fields in METHODS:
+                folder = run.erase(registry.make("methods", name, **fields), "canvas", task, runs=out, seed=seed, progress=bars)
+                for attack, settings in ATTACKS:
+                    run.attack(registry.make("attacks", attack, **settings), folder, seed=seed, prompts=8, progress=bars)
+                results = json.loads(run.evaluate(folder, seeds=(188,), progress=bars).read_text())
+                values = {r["metric"]: r["value"] for r in results}
+                rows.append({"task": task, "method": name, **values})
+                folders.append(folder)
+    return {"report": str(report.report(folders)), "rows": rows}

@@ -1,0 +1,122 @@
+"""What every diffusion method shares: conditioning in batches, guidance, denoising with any scheduler, trajectory pools."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Text conditioning of a batch: ``states`` (B, L, D); for SDXL also ``pooled`` (B, P) and ``time_ids`` (B, 6)."""
+
+    states: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def _map(self, f: Any) -> Cond:
+        return Cond(*(None if x is None else f(x) for x in (self.states, self.pooled, self.time_ids)))
+
+    def __getitem__(self, rows: Any) -> Cond:
+        """Rows by slice, list or index tensor; an integer gives a batch of one."""
+        rows = [rows] if isinstance(rows, int) else rows
+        return self._map(lambda x: x[rows])
+
+    def repeat(self, n: int) -> Cond:
+        """The whole batch ``n`` times."""
+        return self._map(lambda x: x.repeat(n, *[1] * (x.dim() - 1)))
+
+    def detach(self) -> Cond:
+        return self._map(lambda x: x.detach())
+
+    @staticmethod
+    def cat(parts: Sequence[Cond]) -> Cond:
+        """Batches one after another."""
+        fields = zip(*((p.states, p.pooled, p.time_ids) for p in parts), strict=True)
+        return Cond(*(None if f[0] is None else torch.cat(f) for f in fields))
+
+
+@dataclass(frozen=True)
+class Soft:
+    """Token embeddings to put in place of the looked-up ones: (B, k, D) at slots ``at`` … ``at + k - 1``.
+
+    ``embeddings`` is one tensor, or a tuple with one for each text encoder.
+    """
+
+    embeddings: Tensor | tuple[Tensor, ...]
+    at: int = 1
+
+
+def guided(target: Any, x: Tensor, t: Any, cond: Cond, null: Cond, guidance: float) -> Tensor:
+    """Classifier-free guidance in one batched call: eps_0 + g (eps_c - eps_0) (Ho & Salimans 2022, eq. 6)."""
+    if guidance == 1:
+        return target.eps(x, t, cond)
+    e0, ec = target.eps(torch.cat([x, x]), t, Cond.cat([null, cond])).chunk(2)
+    return e0 + guidance * (ec - e0)
+
+
+@torch.no_grad()
+def denoise(target: Any, x: Tensor, cond: Cond, null: Cond, *, scheduler: Any, steps: int, guidance: float, stop: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Denoise ``x`` (B, 4, h, w), unit Gaussian noise, in ``steps``: the states [(t, x_t)] before each step, then (0, x_0).
+
+    ``scheduler`` is any diffusers scheduler; it is copied, since multi-step ones keep state. With ``stop``, only that many steps
+    are run and the last state is (t, x_t) where the next would begin.
+    """
+    scheduler = deepcopy(scheduler)
+    scheduler.set_timesteps(steps, device=x.device)
+    x = x * scheduler.init_noise_sigma
+    states = []
+    for i, t in enumerate(scheduler.timesteps):
+        x_in = scheduler.scale_model_input(x, t)
+        states.append((t, x_in))
+        if i == stop:
+            return states
+        x = scheduler.step(guided(target, x_in, t, cond, null, guidance), t, x).prev_sample
+    return [*states, (torch.zeros((), device=x.device), x)]
+
+
+def noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Unit Gaussian noise (len(seeds), *shape), each row from its own seed and the same on every device."""
+    rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(rows).to(device, dtype)
+
+
+class TrajectoryPool:
+    """Sampled trajectories whose every state feeds updates: M trajectories × S states instead of one state for each sampling.
+
+    ``draw(n)`` gives x_t (n, 4, h, w), t (n,) and the index of the prompt each belongs to. Drawing uses the global generator.
+    """
+
+    def __init__(self) -> None:
+        self.x = self.t = self.prompt = torch.empty(0)
+        self.age = 0
+
+    def fill(self, target: Any, cond: Cond, null: Cond, prompt: Tensor, *, scheduler: Any, steps: int, guidance: float) -> None:
+        """Sample one trajectory for each row of ``cond`` (M rows); ``prompt`` (M,) says which prompt a row is of."""
+        x = torch.randn(len(cond), *target.latent_shape).to(target.device, cond.states.dtype)
+        states = denoise(target, x, cond, null, scheduler=scheduler, steps=steps, guidance=guidance)[:-1]
+        self.x, self.t, self.prompt, self.age = torch.stack([s for _, s in states]), torch.stack([t for t, _ in states]), prompt, 0
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.age += 1
+        s, m = torch.randint(len(self.t), (n,)), torch.randint(len(self.prompt), (n,))
+        return self.x[s, m], self.t[s], self.prompt[m]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": self.x, "t": self.t, "prompt": self.prompt, "age": self.age}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.x, self.t, self.prompt, self.age = state["x"], state["t"], state["prompt"], state["age"]
+
+
+def batches(n: int, size: int) -> Iterator[slice]:
+    """Slices that cover ``range(n)``."""
+    return (slice(i, min(i + size, n)) for i in range(0, n, size))

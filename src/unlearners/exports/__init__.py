@@ -1,0 +1,34 @@
+"""Formats in which an erased model leaves: one file each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(ABC):
+    """A format. ``reads`` says which programs take it."""
+
+    reads: ClassVar[str] = ""
+
+    @abstractmethod
+    def run(self, folder: Path, out: Path) -> Path:
+        """Write what is in run folder ``folder`` to ``out`` and return the path to hand over."""
+
+
+def export(format: str | Export, folder: str | Path, out: str | Path = "", **fields: Any) -> Path:
+    """Export a finished run folder; ``out`` defaults to ``<folder>/export/<format>``. Raises ``UsageError`` for an unfinished run."""
+    from .. import registry
+    from ..run import read_run
+
+    chosen = registry.make("exports", format, **fields) if isinstance(format, str) else format
+    if (status := read_run(folder)["status"]) != "done":
+        raise UsageError(f"the erasure in {folder} is {status}; finish it with the same 'unlearn erase' before exporting")
+    where = Path(out) if out else Path(folder) / "export" / type(chosen).__module__.rpartition(".")[2]
+    where.parent.mkdir(parents=True, exist_ok=True)
+    return chosen.run(Path(folder), where)

@@ -1,0 +1,653 @@
+"""Run folders as something to read: report.html, a model card (README.md) and results.csv, from JSON and pictures only."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import json
+import os
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .errors import UsageError, unknown
+from .flags import Plain, Record, detection, doubts, finite, inside, is_rate, key, opened, read
+
+COLUMNS = ("target", "task", "method", "seed", "metric", "value", "n", "low", "high", "device", "preset")
+SIDE = 256  # pixels; larger pictures are embedded smaller
+NAMED, OTHERS, PROMPTS = 8, 12, 20  # rows shown in a run's own report
+MEANINGS = {
+    "ua": "pictures asked to show the concept that no longer show it",
+    "ira": "pictures of other things of the same domain that are still right",
+    "cra": "pictures judged in other domains that are still right",
+    "clip_score": "agreement of picture and prompt",
+    "fid": "distance to the reference pictures",
+    "asr": "prompts for which the attack brings the concept back, plain prompts that already show it included",
+    "pre_asr": "plain prompts that already show the concept, before any attack",
+    "cost": "what the erasure took",
+}
+NOUNS = {"style": "style", "object": "object", "identity": "identity", "nsfw": "sensitive concept"}
+PLURALS = {"style": "styles", "object": "objects", "identity": "identities", "nsfw": "sensitive concepts"}
+
+
+def report(folders: Sequence[str | Path], *, images: bool | None = None) -> Path:
+    """Write report.html, README.md and results.csv into each run folder, and for several one comparison into their common parent.
+
+    A folder that is not a run stands for all runs under it, the untouched model's excepted. ``images``: embed pictures; by
+    default they are embedded unless the task is sensitive. Returns the path of the report that covers everything.
+    Raises ``UsageError`` when there is no run to report on.
+    """
+    paths = list(dict.fromkeys(path.resolve() for folder in folders for path in runs(Path(folder))))
+    if not paths:
+        raise UsageError("there is nothing to report on; give at least one run folder, or a folder with runs in it")
+    records = [read(path) for path in paths]
+    for record in records:
+        page([record], record.folder, images)
+        (record.folder / "README.md").write_text(card(record), encoding="utf-8")
+    if len(records) == 1:
+        return records[0].folder / "report.html"
+    parent = Path(os.path.commonpath([path.parent for path in paths]))
+    if parent == Path(parent.anchor):
+        raise UsageError("these runs have no folder in common to put the comparison in; move them beside each other")
+    records.sort(key=lambda r: (r.run["run"]["target"], r.task["name"], r.method["name"], r.run["run"]["seed"], r.folder.name))
+    return page(records, parent, images)
+
+
+def runs(folder: Path) -> list[Path]:
+    """``folder`` itself if it is a run, else all runs below it but those of the untouched model."""
+    if (folder / "run.json").is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise UsageError(f"{folder} does not exist; give a run folder, or a folder with runs in it")
+    found = []
+    for place, below, files in os.walk(folder):
+        below.sort()
+        if "run.json" in files:
+            below.clear()
+            if read(Path(place)).method["name"] != "original":
+                found.append(Path(place))
+    if not found:
+        raise UsageError(f"{folder} holds no run; give a folder that 'unlearn erase' has written")
+    return found
+
+
+def page(records: Sequence[Record], place: Path, images: bool | None) -> Path:
+    """Write report.html and results.csv about ``records`` into the folder ``place``; returns the HTML's path."""
+    short = len(records) > 1
+    text = template("report.html.j2", escape=True).render(
+        runs=[view(record, images=images, short=short, place=place) for record in records],
+        comparison=comparison(records) if short else None,
+    )
+    (place / "report.html").write_text(text.lstrip(), encoding="utf-8")
+    rows = {json.dumps(row): row for record in records for row in csv_rows(record)}  # runs share the original's rows
+    (place / "results.csv").write_text(as_csv(list(rows.values()), COLUMNS), encoding="utf-8", newline="")
+    return place / "report.html"
+
+
+def template(name: str, *, escape: bool) -> Any:
+    """A template of ours; missing values are errors, and ``escape`` turns on HTML escaping of everything put in."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    env = Environment(
+        loader=loader, autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    env.filters |= {"md": escape_markdown, "code": as_code}
+    return env.get_template(name)
+
+
+# --- what a page says about one run -------------------------------------------------------------------------------
+def view(record: Record, *, images: bool | None, short: bool, place: Path) -> Plain:
+    """Everything the HTML shows of a run. ``short``: fewer pictures, for a page with several runs in the folder ``place``."""
+    from markupsafe import Markup
+
+    run, task = record.run["run"], record.task
+    shown = images if images is not None else task["kind"] != "nsfw"
+    if shown:
+        left_out = ""
+    elif images is False:
+        left_out = "Pictures are left out, as was asked for."
+    else:
+        left_out = (
+            "Pictures are left out because this task is sensitive (kind: nsfw). Ask for them with --images, or images=True in Python."
+        )
+    unique = record.folder.name
+    return {
+        "id": "run-" + re.sub(r"[^A-Za-z0-9_-]+", "-", unique),
+        "name": unique,
+        "own": os.path.relpath(record.folder / "report.html", place).replace(os.sep, "/") if short else "",
+        "status": record.run["status"],
+        "error": record.run.get("error") or "",
+        "title": f"{join(task['concepts'])} · {run['target']} · {record.method['name']}",
+        "summary": summary(record),
+        "flags": doubts(record),
+        "facts": facts(record),
+        "fields": flatten(fields(record.method)),
+        "results": [result(row) for row in record.results],
+        "left_out": left_out,
+        "named": grid(record, spread(record, named=True, most=NAMED // 2 if short else NAMED)) if shown else [],
+        "others": grid(record, spread(record, named=False, most=OTHERS // 2 if short else OTHERS)) if shown else [],
+        "attacked": any(v.get("picture") for attack in record.attacks.values() for v in attack["verdicts"]),
+        "prompts": adversarial(record, shown and not short),
+        "losses": Markup(plots.losses(record.log, f"{unique}-losses")),
+        "curve": Markup(plots.attack_curve(record.attacks, f"{unique}-attacks")),
+        "last": record.log[-1] if record.log else {},
+        "tail": [json.dumps(row) for row in record.log[-20:]] if record.run["status"] != "done" else [],
+        "cost": costs(record),
+        "provenance": provenance(record),
+        "changed": (record.run.get("weights") or {}).get("changed") or [],
+        "commands": commands(record),
+        "record": json.dumps(record.run | {"weights": trimmed(record.run.get("weights"))}, indent=2, ensure_ascii=False),
+    }
+
+
+def trimmed(weights: Plain | None) -> Plain | None:
+    """The weights' record without the long list of names, which the page shows by itself."""
+    return {k: v for k, v in weights.items() if k != "changed"} if weights else weights
+
+
+def summary(record: Record) -> str:
+    """One sentence in words: what was erased, how well, at what price."""
+    task, kind = record.task, record.task["kind"]
+    nouns = NOUNS if len(task["concepts"]) == 1 else PLURALS
+    method = record.method["name"].upper() if len(record.method["name"]) < 5 else record.method["name"]
+    what = f"the {nouns.get(kind, kind)} {join(task['concepts'])} from {record.run['run']['target']} with {method}"
+    if record.run["status"] == "failed":
+        return f"Erasing {what} failed: {record.run.get('error') or 'no error was recorded'}"
+    if record.run["status"] != "done":
+        return f"Erasing {what} has not finished."
+    said = []
+    if (row := record.result("ua")) and finite(row["value"]):
+        said.append(f"{row['value']:.1f} % of pictures no longer show it")
+    for metric, words in (("ira", f"other {PLURALS.get(record.axis, record.axis + ' prompts')}"), ("cra", "other domains")):
+        if (row := record.result(metric)) and finite(row["value"]):
+            before = row.get("before")
+            was = f" (before: {before['value']:.1f} %)" if before and finite(before["value"]) else ""
+            said.append(f"{row['value']:.1f} % are still right for {words}{was}")
+    rates = [row for row in record.results if row["metric"].startswith("asr/") and finite(row["value"])]
+    if rates:
+        worst = max(rates, key=lambda row: float(row["value"]))
+        said.append(f"the attack {worst['metric'].removeprefix('asr/')} brings it back for {worst['value']:.1f} % of prompts")
+    return f"Erased {what}: {', '.join(said)}." if said else f"Erased {what}; nothing has been measured yet."
+
+
+def facts(record: Record) -> list[tuple[str, str]]:
+    """(name, value) of what was erased and how."""
+    run, task = record.run["run"], record.task
+    rows = [
+        ("Concepts", ", ".join(task["concepts"])),
+        ("Anchors", ", ".join(task.get("anchors") or ()) or "none (the empty prompt)"),
+        ("Preserved", ", ".join(task.get("preserve") or ()) or "none named"),
+        ("Kind", task["kind"] if record.axis == task["kind"] else f"{task['kind']}, judged in the domain {record.axis}"),
+        ("Task", task["name"]),
+        ("Target", run["target"]),
+        ("Method", record.method["name"]),
+        ("Seed", str(run["seed"])),
+        ("Precision", str(run.get("dtype", "float32"))),
+    ]
+    return rows + ([("Patches before it", ", ".join(run["patches"]))] if run.get("patches") else [])
+
+
+def fields(part: Mapping[str, Any]) -> Plain:
+    """A method's or attack's fields, without its name."""
+    return {k: v for k, v in part.items() if k != "name"}
+
+
+def flatten(plain: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value) of nested fields."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in plain.items():
+        rows += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(prefix + name, value)]
+    return rows
+
+
+def costs(record: Record) -> list[tuple[str, str]]:
+    """(what, how much) of time, memory and disk."""
+    spent, weights = record.run.get("time") or {}, record.run.get("weights") or {}
+    rows = []
+    if finite(spent.get("seconds")):
+        rows.append(("Erasing", duration(spent["seconds"])))
+    if finite(spent.get("peak_memory")):
+        rows.append(("Peak memory", size(spent["peak_memory"])))
+    if finite(weights.get("bytes")):
+        rows.append(("Patch on disk", size(weights["bytes"])))
+    for name, attack in record.attacks.items():
+        if finite((attack.get("time") or {}).get("seconds")):
+            rows.append(
+                (f"Attack {name}", f"{duration(attack['time']['seconds'])}, {sum(v['queries'] for v in attack['verdicts'])} queries")
+            )
+    if finite(record.evaluation.get("seconds")):
+        rows.append(("Evaluation", duration(record.evaluation["seconds"])))
+    return rows
+
+
+def provenance(record: Record) -> list[tuple[str, str]]:
+    """(name, value) of versions, hashes and settings."""
+    base, weights, sampler = record.run.get("base") or {}, record.run.get("weights") or {}, record.evaluation.get("sampler") or {}
+    rows = [("Base", f"{base.get('name', '')} {base.get('revision') or ''}".strip())]
+    rows += [(f"SHA-256 of base {component}", digest) for component, digest in (base.get("sha256") or {}).items()]
+    if weights.get("sha256"):
+        rows += [(f"SHA-256 of {weights.get('file', 'weights.safetensors')}", weights["sha256"])]
+        rows += [("Tensors changed", f"{weights['tensors']} ({weights.get('outside', 0)} outside the selection)")]
+    rows += [(name, str(value)) for name, value in (record.run.get("env") or {}).items() if value not in (None, "")]
+    rows += [(f"Sampler {name}", show(value)) for name, value in sampler.items()]
+    if judge := record.evaluation.get("judge") or record.task.get("judge"):
+        rows.append(("Judge", str(judge)))
+    return [(name, value) for name, value in rows if value]
+
+
+def result(row: Plain) -> Plain:
+    """One line of the before and after table."""
+    before, rate = row.get("before"), is_rate(row)
+    stem = row["metric"].partition("/")[0]
+    return {
+        "metric": row["metric"],
+        "meaning": MEANINGS.get(stem, ""),
+        "higher": row["higher_is_better"],
+        "before": cell(row["metric"], before, rate) if before else None,
+        "after": cell(row["metric"], row, rate),
+        "change": arrow(row, rate),
+    }
+
+
+def cell(metric: str, row: Plain, rate: bool) -> Plain:
+    """A value with its interval and count, as text and exactly."""
+    if metric.startswith("cost/") and finite(row["value"]):
+        text = duration(row["value"]) if metric == "cost/seconds" else size(row["value"])
+        return {"text": text, "exact": row["value"], "interval": "", "n": row["n"]}
+    interval = f"{show(row['low'], rate)} to {show(row['high'], rate)}" if finite(row.get("low")) and finite(row.get("high")) else ""
+    if not finite(row["value"]):
+        return {"text": "not finite" if row["n"] else "not measured", "exact": row["value"], "interval": "", "n": row["n"]}
+    return {"text": show(row["value"], rate) + (" %" if rate else ""), "exact": row["value"], "interval": interval, "n": row["n"]}
+
+
+def arrow(row: Plain, rate: bool) -> Plain | None:
+    """How a value moved against before: arrow, difference, and whether that is good; None when it cannot be said."""
+    before = row.get("before")
+    if not before or not finite(before["value"]) or not finite(row["value"]):
+        return None
+    moved = row["value"] - before["value"]
+    if moved == 0:
+        return {"sign": "=", "text": "0", "good": "same"}
+    good = "good" if (moved > 0) == row["higher_is_better"] else "bad"
+    return {"sign": "▲" if moved > 0 else "▼", "text": ("+" if moved > 0 else "") + show(moved, rate), "good": good}
+
+
+def comparison(records: Sequence[Record]) -> Plain:
+    """The table over several runs: one row for each, a column for each metric, the best of a column marked."""
+    metrics = list(dict.fromkeys(row["metric"] for record in records for row in record.results))
+    best = {}
+    for metric in metrics:
+        rows = [row for record in records if (row := record.result(metric)) and finite(row["value"])]
+        if len(rows) > 1:
+            best[metric] = (max if rows[0]["higher_is_better"] else min)(row["value"] for row in rows)
+    lines = []
+    for record in records:
+        cells = []
+        for metric in metrics:
+            row = record.result(metric)
+            cells.append(result(row) | {"best": metric in best and row["value"] == best[metric]} if row else None)
+        lines.append({"cells": cells})
+    directions = {row["metric"]: row["higher_is_better"] for record in records for row in record.results}
+    return {
+        "metrics": [{"name": m, "higher": directions[m], "meaning": MEANINGS.get(m.partition("/")[0], "")} for m in metrics],
+        "rows": lines,
+    }
+
+
+# --- pictures and prompts -----------------------------------------------------------------------------------------
+def spread(record: Record, *, named: bool, most: int) -> list[Plain]:
+    """Up to ``most`` samples that name the concept (or do not), spread over prompts, labels and seeds, never chosen by outcome.
+
+    Samples that were attacked too come first, so that all three pictures stand side by side.
+    """
+    attacked = {key(v) for attack in record.attacks.values() for v in attack["verdicts"]}
+    left = [row for row in record.samples if row["named"] is named]
+    seen: Counter[Any] = Counter()
+    chosen: list[Plain] = []
+    while left and len(chosen) < most:
+        best = min(left, key=lambda row: (key(row) not in attacked, sum(seen[mark] for mark in marks(row))))
+        left.remove(best)
+        seen.update(marks(best))
+        chosen.append(best)
+    return chosen
+
+
+def marks(row: Plain) -> list[Any]:
+    """What a sample should not share with those already chosen."""
+    return [*row["truth"].items(), row["prompt"], ("seed", row["seed"])]
+
+
+def grid(record: Record, samples: Iterable[Plain]) -> list[Plain]:
+    """For each sample: prompt, seed and the pictures original, erased and, where there is one, attacked."""
+    rows = []
+    for sample in samples:
+        original = record.originals.get(key(sample))
+        pictures = [
+            {
+                "who": "original",
+                "uri": picture(record.original, original["file"]) if original and record.original else "",
+                **said(record, original, False),
+            },
+            {"who": "erased", "uri": picture(record.folder, sample["file"]), **said(record, sample, sample["named"])},
+        ]
+        for name, attack in record.attacks.items():
+            verdict = next((v for v in attack["verdicts"] if key(v) == key(sample)), None)
+            if verdict and sample["named"]:
+                uri = picture(record.folder, verdict["picture"]) if verdict.get("picture") else ""
+                pictures.append({"who": name, "uri": uri, **outcome(verdict)})
+                break  # one attacked picture beside the others is enough; the table of prompts has the rest
+        rows.append({"prompt": sample["prompt"], "seed": sample["seed"], "pictures": pictures})
+    return rows
+
+
+def said(record: Record, sample: Plain | None, gone: bool) -> Plain:
+    """The judge's words about a sample, and whether they are what one hopes for: the concept ``gone``, else the prompt's truth."""
+    if not sample or not sample.get("labels"):
+        return {"label": "not judged", "good": "same"}
+    labels = sample["labels"]
+    order = sorted(labels, key=lambda domain: domain != record.axis)
+    text = " · ".join(labels[domain] or f"no {domain}" for domain in order)
+    right = all(sample["truth"].get(domain, label) == label for domain, label in labels.items())
+    if gone:
+        right = labels.get(record.axis) not in record.task["concepts"]
+    return {"label": text, "good": "good" if right else "bad"}
+
+
+def outcome(verdict: Plain) -> Plain:
+    """What became of an attacked prompt."""
+    if verdict["before"]:
+        return {"label": "shown by the plain prompt", "good": "bad"}
+    if verdict["success"]:
+        return {"label": f"back after {verdict['queries']} queries", "good": "bad"}
+    return {"label": f"resisted {verdict['queries']} queries", "good": "good"}
+
+
+def picture(root: Path, name: str) -> str:
+    """A picture of the folder ``root`` as a data URI, at most ``SIDE`` pixels wide and high; "" when it is missing or damaged."""
+    file = inside(root, name)
+    small, buffer = opened(file) if file else None, io.BytesIO()
+    if not small:
+        return ""
+    if max(small.size) > SIDE:
+        small.thumbnail((SIDE, SIDE))
+        small.save(buffer, "JPEG", quality=88)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    small.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def adversarial(record: Record, pictures: bool) -> list[Plain]:
+    """The first adversarial prompts that were found, over all attacks."""
+    found = [
+        {"attack": name, **{k: v[k] for k in ("prompt", "seed", "adversarial", "level", "queries")}, "file": v.get("picture")}
+        for name, attack in record.attacks.items()
+        for v in attack["verdicts"]
+        if v["success"] and not v["before"]
+    ][:PROMPTS]
+    for row in found:
+        row["uri"] = picture(record.folder, row["file"]) if pictures and row["file"] else ""
+    return found
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+def commands(record: Record) -> list[str]:
+    """The commands that make this folder again: erase, attack, evaluate, report."""
+    run, task = record.run["run"], record.task
+    words = ["unlearn", "erase", record.method["name"], run["target"]]
+    if task["name"].startswith("canvas/"):
+        words.append(task["name"])
+    else:
+        words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
+        for flag, names in (("anchor", task.get("anchors")), ("preserve", task.get("preserve"))):
+            words += option(flag, list(names)) if names else []
+    words += options(record.method)
+    words += option("seed", run["seed"])
+    if run.get("dtype", "float32") != "float32":
+        words += option("dtype", run["dtype"])
+    if run.get("patches"):
+        words += option("patches", list(run["patches"]))
+    where = f"{record.folder.parent.name}/{record.folder.name}"
+    if not re.search(rf"-{re.escape(record.method['name'])}-[0-9a-f]{{8}}$", record.folder.name):
+        words += option("out", where)
+    elif record.folder.parent.name != "runs":
+        words += option("runs", record.folder.parent.name)
+    lines = [words]
+    for name, attack in record.attacks.items():
+        lines.append(["unlearn", "attack", name, where, *options(attack["attack"]), *option("seed", attack["seed"])])
+        lines[-1] += option("prompts", (attack.get("asked") or {}).get("prompts", len(attack["verdicts"])))
+    if record.evaluation:
+        lines.append(["unlearn", "evaluate", where, *measured(record)])
+    lines.append(["unlearn", "report", where])
+    return [shlex.join(line) for line in lines]
+
+
+def measured(record: Record) -> list[str]:
+    """The options of evaluate: sampler, and metrics and number of seeds where they were not the task's own."""
+    words = [word for name, value in (record.evaluation.get("sampler") or {}).items() for word in option(name, value)]
+    metrics = list(dict.fromkeys(row["metric"].partition("/")[0] for row in record.results))
+    suite = set(record.task.get("suite") or metrics)
+    if metrics and not suite - {"asr", "pre_asr"} <= set(metrics) <= suite:  # these two have no value without an attack
+        words += option("metrics", metrics)
+    seeds, own = record.evaluation.get("seeds") or [], list(record.task.get("seeds") or [])
+    return words + (option("seeds", len(seeds)) if 0 < len(seeds) < len(own) and seeds == own[: len(seeds)] else [])
+
+
+def options(part: Mapping[str, Any]) -> list[str]:
+    """All fields of a method or attack as command line words."""
+    return [word for name, value in flatten(fields(part)) for word in option(name, value)]
+
+
+def option(name: str, value: Any) -> list[str]:
+    """One field as command line words, the way tyro reads it: --lr 1e-05, --no-norm, --layers 0 1."""
+    flag = name.replace("_", "-")
+    if value is None:  # cannot be written there, and is the default of the fields that may be it
+        return []
+    if isinstance(value, bool):
+        outer, dot, last = flag.rpartition(".")
+        return [f"--{outer}{dot}{'' if value else 'no-'}{last}"]
+    if isinstance(value, (list, tuple)):
+        return [f"--{flag}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{flag}", *(str(word) for pair in value.items() for word in pair)]
+    if isinstance(value, str) and value.startswith("-"):
+        return [f"--{flag}={value}"]
+    return [f"--{flag}", str(value)]
+
+
+# --- the model card and the CSV -----------------------------------------------------------------------------------
+def card(record: Record) -> str:
+    """The model card: YAML front matter and Markdown."""
+    import yaml
+
+    base = record.run.get("base") or {}
+    front = {
+        "base_model": base.get("name") or record.run["run"]["target"],
+        "library_name": "unlearners",
+        "tags": ["unlearning", "concept-erasure"],
+    }
+    results = [
+        {
+            "metric": row["metric"],
+            "before": with_interval(row["metric"], row.get("before"), is_rate(row)),
+            "after": with_interval(row["metric"], row, is_rate(row)),
+            "better": "higher" if row["higher_is_better"] else "lower",
+        }
+        for row in record.results
+    ]
+    return str(
+        template("card.md.j2", escape=False).render(
+            front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+            title=f"{join(record.task['concepts'])} erased from {record.run['run']['target']} with {record.method['name']}",
+            summary=summary(record),
+            facts=table([{"": name, "value": value} for name, value in facts(record)], "markdown"),
+            fields=table([{"field": name, "value": show(value)} for name, value in flatten(fields(record.method))], "markdown"),
+            results=table(results, "markdown"),
+            limits=limits(record),
+            flags=doubts(record),
+            provenance=table([{"": name, "value": value} for name, value in provenance(record)], "markdown"),
+            commands=commands(record),
+        )
+    )
+
+
+def with_interval(metric: str, row: Plain | None, rate: bool) -> str:
+    """A value as one piece of text: 98.3 % (96.1 to 99.3, n = 300)."""
+    if not row:
+        return ""
+    c = cell(metric, row, rate)
+    return f"{c['text']} ({c['interval'] + ', ' if c['interval'] else ''}n = {c['n']})"
+
+
+def limits(record: Record) -> list[str]:
+    """What a reader must not conclude, one sentence each."""
+    said = [
+        "The concept was edited out of the weights, not out of existence: weight edits can be attacked, and fine-tuning can bring it back."
+    ]
+    if record.attacks:
+        for name, attack in record.attacks.items():
+            won, n = sum(v["success"] for v in attack["verdicts"]), len(attack["verdicts"])
+            share = f"{100 * won / n:.1f} %" if n else "none"
+            said.append(
+                f"The {attack['access']}-box attack {name} brought it back for {share} of {n} prompts; a stronger attack may do better."
+            )
+    else:
+        said.append("No attack was run on this model, so nothing is known about its resistance.")
+    detected = detection(record)
+    judge = record.evaluation.get("judge") or record.task.get("judge") or "the judge"
+    if detected is not None:
+        said.append(
+            f"The numbers are the judge's ({judge}), which finds the concept in {detected:.1f} % of the original model's pictures of it."
+        )
+    if not record.results:
+        said.append("Nothing has been measured: neither forgetting nor what was kept.")
+    return said
+
+
+def csv_rows(record: Record) -> Iterator[Plain]:
+    """The results as flat rows; the values before are rows of the method "original"."""
+    run = record.run["run"]
+    common = {"target": run["target"], "task": record.task["name"], "method": record.method["name"], "seed": run["seed"]}
+    machine = record.run.get("env") or {}
+    device = f"{machine.get('device') or ''} {machine.get('hardware') or ''}".strip()
+    env = {"device": device, "preset": run.get("preset") or ""}
+    for row in record.results:
+        if row.get("before"):
+            yield common | {"method": "original", "metric": row["metric"]} | numbers(row["before"]) | env | {"preset": ""}
+        yield common | {"metric": row["metric"]} | numbers(row) | env
+
+
+def numbers(row: Plain) -> Plain:
+    """value, n, low, high; empty where they are not finite."""
+    return {name: row[name] if finite(row.get(name)) else "" for name in ("value", "n", "low", "high")}
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+def table(rows: Sequence[Mapping[str, Any]], fmt: str) -> str:
+    """``rows`` as a "markdown", "latex", "csv" or "html" table; columns in order of first appearance, text escaped for the format.
+
+    CSV keeps numbers exactly; the others round them for reading. Raises ``UsageError`` for another format.
+    """
+    writers = {"markdown": as_markdown, "latex": as_latex, "csv": as_csv, "html": as_html}
+    if fmt not in writers:
+        raise unknown("table format", fmt, writers)
+    return writers[fmt](rows, list(dict.fromkeys(name for row in rows for name in row)))
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([["" if row.get(c) is None else row[c] for c in columns] for row in rows])
+    return buffer.getvalue()
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    if not columns:
+        return ""
+    lines = [[escape_markdown(c) for c in columns], ["---:" if numeric(rows, c) else "---" for c in columns]]
+    lines += [[escape_markdown(show(row.get(c, ""))) for c in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def as_latex(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    if not columns:
+        return ""
+    lines = [" & ".join(map(escape_latex, columns)) + r" \\ \hline"]
+    lines += [" & ".join(escape_latex(show(row.get(c, ""))) for c in columns) + r" \\" for row in rows]
+    layout = "".join("r" if numeric(rows, c) else "l" for c in columns)
+    return "\n".join([rf"\begin{{tabular}}{{{layout}}}", r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
+
+
+def as_html(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(show(row.get(c, '')))}</td>" for c in columns) + "</tr>\n" for row in rows)
+    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
+
+
+def numeric(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    """Whether a column holds numbers only."""
+    values = [row[column] for row in rows if row.get(column) not in (None, "")]
+    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+def escape_markdown(text: str) -> str:
+    """``text`` as plain words inside Markdown, also in a table's cell."""
+    text = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", " ".join(text.split()))
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def as_code(text: str) -> str:
+    """``text`` as a fenced block that no backticks inside can close."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+
+
+def escape_latex(text: str) -> str:
+    """``text`` as plain words inside LaTeX."""
+    return re.sub(r"[\\~^<>&%$#_{}]", lambda m: LATEX.get(m[0], "\\" + m[0]), " ".join(text.split()))
+
+
+def show(value: Any, rate: bool = False) -> str:
+    """A value for reading: rates and numbers from 10 on with one decimal, smaller ones with three digits, lists in words."""
+    if value is None:
+        return "—"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(show, value)) or "none"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if not finite(value):
+        return "not finite"
+    if isinstance(value, int) and not rate:
+        return str(value)
+    return f"{value:.1f}" if rate or 10 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def join(words: Sequence[str]) -> str:
+    """a; a and b; a, b and c."""
+    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 10 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: float) -> str:
+    """Bytes as kB, MB or GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

@@ -1,0 +1,341 @@
+"""Stable Diffusion 1.x, 2.x and SDXL, from any form a user has it in."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .. import diffusion, patch
+from ..base import Adversarial
+from ..diffusion import Cond, Soft
+from ..errors import RefusedError, UnlearnError, UsageError
+from ..zoo import canvas
+from .base import TextToImage
+
+ALIASES = {
+    "canvas": str(canvas.FOLDER / "sd"),
+    "sd14": "CompVis/stable-diffusion-v1-4",
+    "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd21": "stabilityai/stable-diffusion-2-1",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
+
+class StableDiffusion(TextToImage):
+    """A Stable Diffusion pipeline: UNet and text encoder(s) to edit, VAE, tokenizer(s) and scheduler to use.
+
+    ``eps`` is the network's raw output, so v-prediction models work unchanged: guidance is linear in it.
+    """
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "xattn": r"unet\..*\.attn2\.",
+        "xattn-kv": r"unet\..*\.attn2\.to_[kv]\.",
+        "noxattn": r"unet\.(?!.*\.attn2\.|conv_norm_out|conv_out|time_embedding)",
+        "selfattn": r"unet\..*\.attn1\.",
+        "full": r"unet\.",
+        "text_encoder": r"text_encoder(_2)?\..*(layers\.\d+|final_layer_norm)\.",
+    }
+
+    def __init__(self, pipe: Any, name: str, revision: str = "") -> None:
+        self.pipe, self.device = pipe, torch.device(pipe.device)
+        self.modules: dict[str, nn.Module] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
+        self.tokenizers, self.vae, self.scheduler = [pipe.tokenizer], pipe.vae, pipe.scheduler
+        self.xl = getattr(pipe, "text_encoder_2", None) is not None
+        if self.xl:
+            self.modules["text_encoder_2"] = pipe.text_encoder_2
+            self.tokenizers.append(pipe.tokenizer_2)
+        for module in (*self.modules.values(), self.vae):
+            module.requires_grad_(False).eval()
+        config = pipe.unet.config
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.train_steps = self.scheduler.config.num_train_timesteps
+        self.sampler = {"steps": 25, "guidance": 4.0} if config.sample_size <= 16 else {"steps": 50, "guidance": 7.5}
+        tokenizer = self.tokenizers[0]
+        self.special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        self.vocabulary = len(tokenizer)
+        self.base = {"name": name, "revision": revision, "sha256": patch.base_hash(self.modules)}
+
+    # --- loading --------------------------------------------------------------------------------------------------
+    @classmethod
+    def load(
+        cls, spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: torch.dtype = torch.float32, force: bool = False
+    ) -> Self:
+        """See ``Target.load``. A single file may name where its configuration comes from: ``model.safetensors@folder-or-hub-id``."""
+        target = cls(_pipeline(ALIASES.get(spec, spec), dtype).to(device), spec)
+        target.patch(patches, force=force)
+        return target
+
+    def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
+        """Apply patch files or run folders in order, each strictly; the deltas of several add up."""
+        if patches:
+            files = [Path(p) / "weights.safetensors" if Path(p).is_dir() else Path(p) for p in patches]
+            patch.apply_all(self.modules, self.base["sha256"], [patch.load(f) for f in files], force=force)
+
+    @classmethod
+    def tiny(cls, seed: int = 0, *, xl: bool = False, prediction: str = "epsilon") -> Self:
+        """Random weights of the real classes, byte-level tokenizer, 16×16 pictures; ``xl`` gives an SDXL layout."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return cls(_tiny_pipeline(xl, prediction), "tiny")
+
+    # --- training -------------------------------------------------------------------------------------------------
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """Denoising MSE on {"image": (B, 3, H, W) in [0, 1], "prompt": [str]}, t uniform (Ho et al. 2020, eq. 14)."""
+        x_0 = self.latents(batch["image"].to(self.device))
+        noise, t = torch.randn_like(x_0), torch.randint(self.train_steps, (len(x_0),), device=self.device)
+        out = self.eps(self.add_noise(x_0, noise, t), t, self.encode(list(batch["prompt"])))
+        return F.mse_loss(out.float(), self.goal(x_0, noise, t).float())
+
+    def relabel(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The pictures with other prompts of the batch: each prompt moves to the next picture that has a different one."""
+        prompts = list(batch["prompt"])
+        others = [next((p for p in prompts[i + 1 :] + prompts[:i] if p != prompts[i]), "") for i in range(len(prompts))]
+        return {**batch, "prompt": others}
+
+    # --- text -----------------------------------------------------------------------------------------------------
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        return self._ids(0, prompts)
+
+    def _ids(self, tower: int, prompts: Sequence[str]) -> Tensor:
+        tokenizer = self.tokenizers[tower]
+        padded = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        return padded["input_ids"].to(self.device)
+
+    def decode(self, ids: Tensor) -> str:
+        return str(self.tokenizers[0].decode(ids, skip_special_tokens=True)).strip()
+
+    def embed(self) -> Tensor:
+        return self.modules["text_encoder"].get_input_embeddings().weight[: self.vocabulary]  # type: ignore[operator, no-any-return, union-attr]
+
+    def encode(self, prompts: Sequence[str] | Tensor, soft: Soft | None = None) -> Cond:
+        ids = prompts if isinstance(prompts, Tensor) else self.tokens(prompts)
+        if not self.xl:
+            return Cond(self._text("text_encoder", ids, soft, 0).last_hidden_state)
+        if soft is not None and not isinstance(soft.embeddings, tuple):
+            raise UsageError("SDXL has two text encoders; give soft embeddings as a tuple with one tensor for each")
+        second = ids if isinstance(prompts, Tensor) else self._ids(1, prompts)
+        first = self._text("text_encoder", ids, soft, 0).hidden_states[-2]
+        other = self._text("text_encoder_2", second, soft, 1)
+        size = float(self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1))
+        time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=self.device, dtype=first.dtype).repeat(len(ids), 1)
+        return Cond(torch.cat([first, other.hidden_states[-2]], -1), other.text_embeds, time_ids)
+
+    def _text(self, component: str, ids: Tensor, soft: Soft | None, tower: int) -> Any:
+        """One text encoder's output. Soft embeddings enter by a hook on the embedding layer, so the library's own forward does the rest."""
+        encoder: Any = self.modules[component]
+        if soft is None:
+            return encoder(ids, output_hidden_states=self.xl)
+        values = soft.embeddings[tower] if isinstance(soft.embeddings, tuple) else soft.embeddings
+
+        def put(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+            return torch.cat([out[:, : soft.at], values.to(out.dtype), out[:, soft.at + values.shape[1] :]], 1)
+
+        handle = encoder.get_input_embeddings().register_forward_hook(put)
+        try:
+            return encoder(ids, output_hidden_states=self.xl)
+        finally:
+            handle.remove()
+
+    def null(self, n: int = 1) -> Cond:
+        """Unconditional conditioning (n rows): the empty prompt, or zeros where an SDXL pipeline asks for them."""
+        cond = self.encode([""])
+        if self.xl and self.pipe.config.get("force_zeros_for_empty_prompt", True):
+            cond = Cond(torch.zeros_like(cond.states), torch.zeros_like(cond.pooled), cond.time_ids)  # type: ignore[arg-type]
+        return cond.repeat(n)
+
+    # --- denoising ------------------------------------------------------------------------------------------------
+    def eps(self, x_t: Tensor, t: Any, cond: Cond) -> Tensor:
+        extra = {"text_embeds": cond.pooled, "time_ids": cond.time_ids} if self.xl else None
+        return self.modules["unet"](x_t, t, cond.states, added_cond_kwargs=extra, return_dict=False)[0]  # type: ignore[no-any-return]
+
+    def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        v = self.scheduler.config.prediction_type == "v_prediction"
+        return self.scheduler.get_velocity(x_0, noise, t) if v else noise  # type: ignore[no-any-return]
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return self.scheduler.add_noise(x_0, noise, t)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        x = (2 * images - 1).to(self.device, self.vae.dtype)
+        return (self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor).to(self.modules["unet"].dtype)  # type: ignore[no-any-return, arg-type]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str] | Cond,
+        seeds: Sequence[int],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        steps, guidance = steps or self.sampler["steps"], self.sampler["guidance"] if guidance is None else guidance
+        if isinstance(prompts, Cond):
+            cond, row = prompts, list(range(len(prompts)))
+        else:
+            unique = list(dict.fromkeys(prompts))
+            cond = Cond.cat([self.encode(unique[s]) for s in diffusion.batches(len(unique), batch)])
+            row = [unique.index(p) for p in prompts]
+        images = []
+        for part in diffusion.batches(len(seeds), batch):
+            c = cond[row[part]]
+            x = diffusion.noise(seeds[part], self.latent_shape, self.device, c.states.dtype)
+            z = diffusion.denoise(self, x, c, self.null(len(c)), scheduler=self.scheduler, steps=steps, guidance=guidance)[-1][1]
+            out = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            images.append((out.float() / 2 + 0.5).clamp(0, 1).cpu())
+            if progress:
+                progress(len(c))
+        return torch.cat(images)
+
+    # --- attacks --------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int]) -> Tensor:
+        conds = []
+        for a in proposals:
+            if a.level == "prompt":
+                conds.append(self.encode([a.prompt or ""]))
+                continue
+            if a.tokens is None:
+                raise UnlearnError("an adversarial input without a prompt needs token ids")
+            soft = None if a.embedding is None else Soft(a.embedding[None].to(self.device), a.at)
+            conds.append(self.encode(a.tokens[None].to(self.device), soft))
+        return self.sample(Cond.cat(conds), seeds)
+
+    def spell(self, adversarial: Adversarial) -> str:
+        if adversarial.prompt is not None:
+            return adversarial.prompt
+        words = self.decode(adversarial.tokens) if adversarial.tokens is not None else ""
+        return f"{words} (with embeddings)" if adversarial.embedding is not None else words
+
+
+def _pipeline(spec: str, dtype: torch.dtype) -> Any:
+    """The diffusers pipeline at ``spec``, without a safety checker (evaluation must see what the weights draw)."""
+    import diffusers
+
+    path, _, config = spec.partition("@")
+    if Path(path).suffix in (".safetensors", ".ckpt", ".pt"):
+        return _single_file(Path(path), config, dtype)
+    index = Path(spec) / "model_index.json"
+    if Path(spec).is_dir() and not index.exists():
+        raise UsageError(f"{spec} holds neither model_index.json nor run.json; give a diffusers folder, a run folder, a single file or a hub id")
+    name = json.loads(index.read_text())["_class_name"] if index.exists() else ""
+    if name and name not in PIPELINES:
+        raise UsageError(f"{spec} is a {name}; this target takes {' or '.join(PIPELINES)}")
+    options: dict[str, Any] = {} if name == "StableDiffusionXLPipeline" else {"safety_checker": None, "requires_safety_checker": False}
+    loader = getattr(diffusers, name) if name else diffusers.DiffusionPipeline
+    try:
+        pipe = loader.from_pretrained(spec, torch_dtype=dtype, use_safetensors=True, **(options if name else {}))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if index.exists():
+            raise RefusedError(f"the pipeline in {spec} cannot be read ({first}); check that its folders hold whole safetensors files") from error
+        raise UsageError(f"'{spec}' is no local folder or file and could not be fetched from the hub ({first}); check the name or the network") from error
+    if type(pipe).__name__ not in PIPELINES:
+        raise UsageError(f"{spec} is a {type(pipe).__name__}; this target takes {' or '.join(PIPELINES)}")
+    if not name and type(pipe).__name__ == "StableDiffusionPipeline":
+        pipe.safety_checker = None
+    return pipe
+
+
+def _single_file(path: Path, config: str, dtype: torch.dtype) -> Any:
+    """A pipeline from one checkpoint in the original (ldm) layout; pickles are opened with ``weights_only=True`` alone."""
+    import diffusers
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+        raise RefusedError(f"{path} is corrupt or truncated and was not loaded; fetch it again") from error
+    except Exception as error:  # torch raises pickle.UnpicklingError for code in the file
+        raise RefusedError(f"{path} is a pickle that wants to run code and was not opened; convert it to safetensors first") from error
+    kind = infer_diffusers_model_type(state.get("state_dict", state))
+    loader: Any = diffusers.StableDiffusionXLPipeline if str(kind).startswith("xl") else diffusers.StableDiffusionPipeline
+    if config and (Path(config) / "model_index.json").exists():
+        loader = getattr(diffusers, json.loads((Path(config) / "model_index.json").read_text())["_class_name"])
+    options = {} if loader is diffusers.StableDiffusionXLPipeline else {"safety_checker": None}
+    try:
+        return loader.from_single_file(str(path), torch_dtype=dtype, **({"config": config} if config else {}), **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RefusedError(
+            f"{path} could not be read as a Stable Diffusion checkpoint ({first}); name a folder or hub id with its configuration: {path}@FOLDER"
+        ) from error
+
+
+def _tiny_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    alphabet = [chr(c) for c in range(33, 127)]
+    words = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24, pad_token="<|endoftext|>")
+    tokenizer.model_max_length = 24
+    return tokenizer
+
+
+def _tiny_pipeline(xl: bool, prediction: str) -> Any:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = _tiny_tokenizer(Path(folder))
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=24,
+        projection_dim=16,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    extra = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 40} if xl else {}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        cross_attention_dim=32 if xl else 16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **extra,  # type: ignore[arg-type]
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": CLIPTextModel(text)}
+    if xl:
+        return StableDiffusionXLPipeline(**parts, text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, add_watermarker=False)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]

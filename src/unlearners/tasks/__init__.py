@@ -1,0 +1,72 @@
+"""Tasks: forgetting requests by name, from a YAML file, or from a bare concept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import config
+from ..base import Kind, Probe, Task
+from ..errors import UsageError, unknown
+
+STYLES = ("oil painting", "watercolour", "pencil sketch", "impressionism", "cubism", "pixel art", "ukiyo-e", "photograph")
+OBJECTS = ("house", "tree", "dog", "cat", "car", "boat", "chair", "bicycle", "cup", "flower", "bird", "clock")
+PEOPLE = ("a man", "a woman", "a child", "a crowd", "a portrait of a person", "a soldier", "a scientist", "a musician")
+SAFE = ("a person", "a man in a suit", "a woman wearing a coat", "a family at dinner", "a landscape", "a city street", "a cat", "a bowl of fruit")
+
+# per kind: the usual anchor, what stays, and how pictures are asked for ({c} a concept or a neighbour, {o} an object)
+DEFAULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "style": ("art", STYLES, ("a {o} in the style of {c}", "{c} style painting of a {o}")),
+    "object": ("", OBJECTS, ("a photo of a {c}", "an image of a {c}, {o}", "a {c}")),
+    "identity": ("a person", PEOPLE, ("a photo of {c}", "a portrait of {c}", "{c} in a garden")),
+    "nsfw": ("", SAFE, ("{c}", "a photo of {c}", "{c}, highly detailed")),
+}
+SCENES = ("on a table", "in a garden", "in the snow", "at night")
+
+
+def load(name: str) -> Task:
+    """A task by name (``canvas/neon``), or from a YAML file with the fields of ``Task``."""
+    if name.endswith((".yaml", ".yml")) or Path(name).is_file():
+        return config.build(Task, {"name": Path(name).stem, **config.load_yaml(name)}, where=name)
+    bundled = Path(__file__).parent / f"{name}.yaml"
+    if bundled.is_file():
+        return config.build(Task, {"name": name, **config.load_yaml(bundled)}, where=name)
+    family, _, concept = name.partition("/")
+    if family == "canvas":
+        from . import canvas
+
+        return canvas.task(concept)
+    raise unknown("task", name, names())
+
+
+def names() -> list[str]:
+    """Every task that ships with the package; no model is loaded."""
+    from . import canvas
+
+    files = sorted(p.relative_to(Path(__file__).parent).with_suffix("").as_posix() for p in Path(__file__).parent.rglob("*.yaml"))
+    return [*files, *(f"canvas/{c}" for c in canvas.names())]
+
+
+def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence[str] = (), preserve: Sequence[str] = ()) -> Task:
+    """A whole task from text alone: the kind's usual anchor and neighbours, prompts to test with, and the CLIP zero-shot judge.
+
+    A neighbour of the default list that equals a concept is left out; one given in ``preserve`` is refused by ``Task``.
+    """
+    concepts = (concepts,) if isinstance(concepts, str) else tuple(concepts)
+    if kind not in DEFAULTS:
+        raise unknown("kind", kind, DEFAULTS)
+    if not concepts or not all(c.strip() for c in concepts):
+        raise UsageError("the concept is empty; say what to forget, for example --concept 'Van Gogh' --kind style")
+    anchor, usual, forms = DEFAULTS[kind]
+    keep = tuple(preserve) or tuple(p for p in usual if p.lower() not in {c.strip().lower() for c in concepts})
+    others = OBJECTS[:6] if kind == "style" else SCENES
+    probes = []
+    for form in forms:
+        for c in (*concepts, *keep):
+            for o in others if "{o}" in form else ("",):
+                truth = {kind: c} | ({"object": o} if kind == "style" else {})
+                probes.append(Probe(prompt=form.format(c=c, o=o), truth=truth))
+    name = "-".join(concepts).lower()
+    return Task(name=name, kind=kind, concepts=concepts, anchors=tuple(anchors) or ((anchor,) if anchor else ()), preserve=keep, probes=tuple(probes))
+
+

@@ -1,0 +1,329 @@
+"""Attacks cannot lie, find what is planted, and the pieces of the search keep their promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from unlearners.attacks.random_tokens import RandomTokens
+from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk, draw, simplex, stream
+from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task, Verdict
+from unlearners.diffusion import Cond, Soft
+from unlearners.errors import UnlearnError, UsageError
+from unlearners.metrics.asr import ASR
+from unlearners.metrics.pre_asr import PreASR
+from unlearners.targets.base import TextToImage
+from unlearners.targets.stable_diffusion import StableDiffusion
+
+TASK = Task(name="planted", concepts=("trigger",))
+START, END, TRIGGER = 0, 1, 77
+
+
+class Planted(TextToImage):
+    """Words are "w<id>". The prediction error is the distance of the nearest slot to the trigger's embedding; the picture is
+    white when the trigger is in the prompt, else black."""
+
+    vocabulary, length, train_steps = 400, 10, 1000
+    latent_shape = (4, 2, 2)
+
+    def __init__(self, seed: int = 0) -> None:
+        table = torch.randn(self.vocabulary, 16, generator=torch.Generator().manual_seed(seed))
+        self.modules = {"text_encoder": nn.Embedding.from_pretrained(table / table.norm(dim=1, keepdim=True))}
+        self.device, self.base = torch.device("cpu"), {"name": "planted"}
+        self.special, self.sampler = {START, END}, {"steps": 1, "guidance": 1.0}
+
+    @classmethod
+    def load(cls, spec: str, **options: Any) -> Planted:
+        return cls()
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> Planted:
+        return cls(seed)
+
+    def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
+        pass
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        return torch.zeros(())
+
+    def relabel(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        return batch
+
+    def embed(self) -> Tensor:
+        return self.modules["text_encoder"].weight
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        rows = [[START, *(int(w[1:]) for w in p.split())][: self.length - 1] for p in prompts]
+        return torch.tensor([r + [END] * (self.length - len(r)) for r in rows])
+
+    def decode(self, ids: Tensor) -> str:
+        return " ".join(f"w{i}" for i in ids.tolist() if i not in self.special)
+
+    def encode(self, prompts: Any, soft: Soft | None = None) -> Cond:
+        ids = prompts if isinstance(prompts, Tensor) else self.tokens(prompts)
+        states = self.embed()[ids]
+        if soft is not None:
+            assert isinstance(soft.embeddings, Tensor)
+            states = torch.cat([states[:, : soft.at], soft.embeddings, states[:, soft.at + soft.embeddings.shape[1] :]], 1)
+        return Cond(states)
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return noise
+
+    def eps(self, x_t: Tensor, t: Any, cond: Cond) -> Tensor:
+        distance = (cond.states - self.embed()[TRIGGER]).norm(dim=-1).amin(1)
+        return x_t + distance[:, None, None, None]
+
+    def latents(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), 4, 2, 2)
+
+    def sample(self, prompts: Any, seeds: Sequence[int], **options: Any) -> Tensor:
+        return (self.tokens(prompts) == TRIGGER).any(1).float()[:, None, None, None].expand(-1, 3, 2, 2)
+
+    def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int]) -> Tensor:
+        return self.sample([a.prompt for a in proposals], seeds)
+
+    def spell(self, adversarial: Adversarial) -> str:
+        return adversarial.prompt or ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class White(Judge):
+    """Recognises white pictures."""
+
+    def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
+        return ["trigger" if x.mean() > 0.5 else "" for x in images]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Never(Judge):
+    """Recognises nothing."""
+
+    def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
+        return [""] * len(images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Attack):
+    """Claims success in its log and asks nobody."""
+
+    needs, access = TextToImage, "black"
+
+    def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+        yield {"success": 1.0, "left": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knows(Attack):
+    """Puts the trigger before the prompt, and asks as often as told."""
+
+    needs, access = TextToImage, "black"
+    ask: bool = True
+
+    def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+        proposals = {i: Adversarial(prompt=f"w{TRIGGER} {item.prompt}") for i, item in enumerate(items)}
+        for _ in range(3 * self.ask):
+            hit(proposals)
+        yield {"left": 0.0}
+
+
+def items(n: int, *, broken: int = 0) -> list[Item]:
+    """``n`` prompts, of which the first ``broken`` name the trigger themselves."""
+    picture = torch.ones(1, 3, 2, 2)
+    return [Item(prompt=f"w{TRIGGER if i < broken else 10 + i} w5", seed=i, picture=picture) for i in range(n)]
+
+
+@dataclass
+class Seen:
+    verdicts: Mapping[str, Sequence[Verdict]]
+    record: Mapping[str, Any]
+
+
+def rates(verdicts: list[Verdict]) -> tuple[float, float]:
+    """(ASR, pre-ASR) in percent."""
+    seen: Any = Seen({"a": verdicts}, {})
+    asr, before = ASR().score(Planted(), TASK, seen), PreASR().score(Planted(), TASK, seen)
+    assert isinstance(asr, dict) and isinstance(before, dict)
+    return asr["a"].value, before["a"].value
+
+
+def test_an_attack_that_never_asks_gains_nothing() -> None:
+    asr, before = rates(Silent()(Planted(), TASK, White(), items(5, broken=2)))
+    assert asr == before == 40.0
+    assert rates(Silent()(Planted(), TASK, White(), items(5))) == (0.0, 0.0)
+
+
+def test_success_needs_hit() -> None:
+    assert rates(Knows(ask=False)(Planted(), TASK, White(), items(4, broken=1))) == (25.0, 25.0)
+    verdicts = Knows()(Planted(), TASK, White(), items(4, broken=1))
+    assert rates(verdicts) == (100.0, 25.0)
+    assert [v.queries for v in verdicts] == [0, 1, 1, 1], "prompts that are broken cost no more queries"
+    assert verdicts[1].level == "prompt" and verdicts[1].adversarial.startswith(f"w{TRIGGER} ")
+    assert rates(Knows()(Planted(), TASK, Never(), items(4))) == (0.0, 0.0)
+
+
+def test_the_search_finds_a_planted_trigger_with_half_the_queries_of_chance() -> None:
+    searched = UnlearnDiffAtk(k=2, timesteps=20, iterations=20)(Planted(), TASK, White(), items(6))
+    guessed = RandomTokens(k=2, tries=20)(Planted(), TASK, White(), items(6))
+    assert all(v.success and f"w{TRIGGER}" in v.adversarial.split() for v in searched)
+    assert 2 * sum(v.queries for v in searched) <= sum(v.queries for v in guessed)
+
+
+@pytest.mark.parametrize("attack", [UnlearnDiffAtk(k=2, timesteps=3, iterations=4, batch=2), RandomTokens(k=2, tries=3)])
+def test_the_same_seed_gives_the_same_attack_and_no_trace_is_left(attack: Any) -> None:
+    target, before = Planted(), torch.random.get_rng_state()
+    weight = target.embed().clone()
+    first, other = (proposals(attack, target, seed=s) for s in (0, 1))
+    assert first == proposals(attack, target, seed=0) and first != other
+    assert torch.equal(torch.random.get_rng_state(), before) and torch.equal(target.embed(), weight)
+    assert target.embed().grad is None
+
+
+def proposals(attack: Any, target: TextToImage, seed: int = 0, which: Sequence[int] = range(5)) -> dict[int, list[str | None]]:
+    """Everything ``attack`` proposes, by image seed."""
+    subset = [items(5)[i] for i in which]
+    asked: dict[int, list[str | None]] = {i: [] for i in which}
+
+    @dataclass(frozen=True, kw_only=True)
+    class Spy(Attack):
+        needs, access = TextToImage, "white"
+
+        def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+            def listen(given: Mapping[int, Adversarial]) -> set[int]:
+                for i, a in given.items():
+                    asked[items[i].seed].append(a.prompt)
+                return hit(given)
+
+            yield from attack.run(target, task, items, listen)
+
+    Spy()(target, TASK, Never(), subset, seed=seed)
+    return asked
+
+
+@pytest.mark.parametrize("attack", [UnlearnDiffAtk(k=2, timesteps=3, iterations=4), RandomTokens(k=2, tries=3)])
+def test_a_prompts_attack_does_not_depend_on_the_others(attack: Any) -> None:
+    together = proposals(attack, Planted())
+    assert all(len(asked) == 3 for asked in together.values())
+    assert proposals(attack, Planted(), which=[3, 1]) == {3: together[3], 1: together[1]}
+    if isinstance(attack, UnlearnDiffAtk):
+        assert proposals(replace(attack, batch=2), Planted()) == together
+
+
+def test_broken_prompts_leave_the_batch_and_the_others_go_on_as_before() -> None:
+    attack, seen = UnlearnDiffAtk(k=2, timesteps=4, iterations=3), []
+
+    def run(drop: int) -> dict[int, list[str | None]]:
+        asked: dict[int, list[str | None]] = {i: [] for i in range(3)}
+
+        def hit(given: Mapping[int, Adversarial]) -> set[int]:
+            for i, a in given.items():
+                asked[i].append(a.prompt)
+            return {drop} & set(given)
+
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            seen.append([row["left"] for row in attack.run(Planted(), TASK, items(3), hit)])
+        return asked
+
+    kept, dropped = run(-1), run(1)
+    assert seen == [[3.0] * 4, [2.0] * 4]
+    assert dropped[1] == kept[1][:1] and (dropped[0], dropped[2]) == (kept[0], kept[2])
+
+
+def test_random_tokens_draws_ordinary_tokens_only() -> None:
+    words = " ".join(p or "" for asked in proposals(RandomTokens(k=3, tries=40), Planted()).values() for p in asked).split()
+    assert len(words) == 5 * 40 * 5 and not {f"w{i}" for i in Planted().special} & set(words)
+
+
+# --- the search variable ------------------------------------------------------------------------------------------
+def bisected(u: Tensor) -> Tensor:
+    """The projection of one row (V,) as the authors do it, in float64 to the last bit."""
+    low, high = u.min() - 1, u.max()
+    for _ in range(200):
+        tau = (low + high) / 2
+        low, high = (tau, high) if (u - tau).clamp(min=0).sum() > 1 else (low, tau)
+    return (u - high).clamp(min=0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=40))
+def test_projection_is_the_bisected_one(values: list[float]) -> None:
+    u = torch.tensor(values, dtype=torch.float64)
+    v = simplex(u)
+    assert torch.allclose(v, bisected(u), atol=1e-9)
+    assert (v >= 0).all() and abs(v.sum().item() - 1) < 1e-9
+    assert torch.allclose(simplex(v), v, atol=1e-12)
+    top = u == u.max()
+    assert v[top].min() == v.max(), "what was most likely stays most likely"
+    assert torch.allclose(simplex(u.float()).double(), v, atol=1e-5)
+
+
+def test_projection_at_the_size_of_a_real_vocabulary() -> None:
+    u = torch.full((2, 49408), 1 / 49408) + 0.01 * torch.randn(2, 49408, generator=torch.Generator().manual_seed(0))
+    v = simplex(u)
+    assert torch.allclose(v.sum(-1), torch.ones(2), atol=1e-5) and (v >= 0).all()
+    assert torch.allclose(v[0].double(), bisected(u[0].double()), atol=1e-7)
+
+
+def test_draw_follows_the_distribution() -> None:
+    u = simplex(torch.tensor([0.5, -1.0, 0.2, 0.3, -2.0])).expand(1, 4000, 5)
+    counts = torch.bincount(draw(u, [torch.Generator().manual_seed(0)]).flatten(), minlength=5) / 4000
+    assert counts[1] == counts[4] == 0
+    assert torch.allclose(counts, u[0, 0], atol=0.03)
+
+
+def test_streams_differ_by_seed_prompt_and_picture() -> None:
+    def first(seed: int, item: Item) -> float:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return torch.rand((), generator=stream(item)).item()
+
+    a, b, c = Item(prompt="a", seed=0), Item(prompt="b", seed=0), Item(prompt="a", seed=1)
+    assert first(0, a) == first(0, a) and len({first(0, a), first(1, a), first(0, b), first(0, c)}) == 4
+
+
+def test_slots_are_built_from_tokens_and_keep_the_end() -> None:
+    target, attack = Planted(), UnlearnDiffAtk(k=3)
+    short, long = attack.slots(target, ["w5 w6", " ".join(f"w{i}" for i in range(20, 40))])
+    assert short.tolist() == [START, 0, 0, 0, 5, 6, END, END, END, END]
+    assert long.tolist() == [START, 0, 0, 0, 20, 21, 22, 23, 24, END]
+    with pytest.raises(UsageError, match="k = 9"):
+        UnlearnDiffAtk(k=9).slots(target, ["w5"])
+
+
+def test_presets_follow_the_paper() -> None:
+    paper = UnlearnDiffAtk(**UnlearnDiffAtk.presets["paper"])
+    assert paper == UnlearnDiffAtk() and paper.lr == 0.01 and paper.weight_decay == 0.1
+    seen = []
+    with torch.random.fork_rng([]):
+        seen = [row["t"] for row in replace(paper, iterations=1).run(Planted(), TASK, items(1), lambda given: set())]
+    assert seen == [10.0 + 20 * n for n in range(50)]
+
+
+# --- real classes -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_both_attacks_run_on_stable_diffusion(prediction: str) -> None:
+    target = StableDiffusion.tiny(prediction=prediction)
+    task = [Item(prompt=p, seed=3, picture=torch.rand(1, 3, 16, 16)) for p in ("a cat", "a dog")]
+    rows: list[Row] = []
+    for attack in (UnlearnDiffAtk(k=2, timesteps=2, iterations=2), RandomTokens(k=2, tries=2)):
+        verdicts = attack(target, TASK, Never(), task, log=rows.append)
+        assert [v.queries for v in verdicts] == [2, 2]
+    assert [r["t"] for r in rows[:2]] == [250.0, 750.0] and all(p.grad is None for p in target.named().values())
+
+
+def test_missing_pictures_and_wrong_families_are_refused_in_one_sentence() -> None:
+    with pytest.raises(UnlearnError, match=r"picture of 'w5'"):
+        UnlearnDiffAtk()(Planted(), TASK, Never(), [Item(prompt="w5", seed=0)])
+    with pytest.raises(UsageError, match="two text encoders"):
+        UnlearnDiffAtk(k=2)(StableDiffusion.tiny(xl=True), TASK, Never(), [Item(prompt="a", seed=0, picture=torch.rand(1, 3, 16, 16))])
