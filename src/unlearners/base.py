@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import config
-from .errors import NonFiniteError, UnlearnError, UsageError
+from .errors import NonFiniteError, UsageError
 
 Row = dict[str, float]
 Kind = Literal["style", "object", "identity", "nsfw"]
@@ -55,7 +55,9 @@ class Target(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: torch.dtype = torch.float32, force: bool = False) -> Self:
+    def load(
+        cls, spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: torch.dtype = torch.float32, force: bool = False
+    ) -> Self:
         """Load an alias, hub id, local folder or single file, with ``patches`` applied in order.
 
         Raises ``UsageError`` if nothing is found at ``spec`` and ``RefusedError`` if a file or patch does not fit.
@@ -222,7 +224,9 @@ class Method(ABC):
                 if bad:
                     if target.session:
                         target.session.undo(target)
-                    raise NonFiniteError(f"'{bad[0]}' became {row[bad[0]]} and training stopped; the last good state is kept: try a lower lr")
+                    raise NonFiniteError(
+                        f"'{bad[0]}' became {row[bad[0]]} and training stopped; the last good state is kept: try a lower lr"
+                    )
                 if log:
                     log(row)
         return target
@@ -466,6 +470,3 @@ class Run:
     @property
     def folder(self) -> str:
         return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', self.task.name).strip('-')}-{kebab(self.method)}-{self.hash[:8]}"
-
-
-

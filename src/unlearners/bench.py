@@ -136,7 +136,9 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     with temporary.open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([["" if r[c] is None else f"{r[c]:.6g}" if isinstance(r[c], float) else r[c] for c in COLUMNS] for r in unique.values()])
+        writer.writerows(
+            [["" if r[c] is None else f"{r[c]:.6g}" if isinstance(r[c], float) else r[c] for c in COLUMNS] for r in unique.values()]
+        )
     temporary.replace(path)
 
 
@@ -144,7 +146,10 @@ def _missed(check: Check, rows: list[dict[str, Any]]) -> str:
     chosen = [
         r["value"]
         for r in rows
-        if r["method"] == check.method and r["metric"] == check.metric and (not check.tasks or r["task"] in check.tasks) and r["value"] is not None
+        if r["method"] == check.method
+        and r["metric"] == check.metric
+        and (not check.tasks or r["task"] in check.tasks)
+        and r["value"] is not None
     ]
     mean = sum(chosen) / len(chosen) if chosen else float("nan")
     where = f" on {', '.join(check.tasks)}" if check.tasks else ""

@@ -20,7 +20,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, progress: bool = True)
 
     Returns {"report": path, "rows": [{"task", "method", metric: value …}]}.
     """
-    from . import registry, report, run
+    from . import registry, run
+    from .report import report
 
     rows, folders = [], []
     with run.progress_bars() if progress else nullcontext() as bars:
@@ -33,4 +34,4 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, progress: bool = True)
                 values = {r["metric"]: r["value"] for r in results}
                 rows.append({"task": task, "method": name, **values})
                 folders.append(folder)
-    return {"report": str(report.report(folders)), "rows": rows}
+    return {"report": str(report(folders)), "rows": rows}

@@ -64,7 +64,9 @@ def guided(target: Any, x: Tensor, t: Any, cond: Cond, null: Cond, guidance: flo
 
 
 @torch.no_grad()
-def denoise(target: Any, x: Tensor, cond: Cond, null: Cond, *, scheduler: Any, steps: int, guidance: float, stop: int | None = None) -> list[tuple[Tensor, Tensor]]:
+def denoise(
+    target: Any, x: Tensor, cond: Cond, null: Cond, *, scheduler: Any, steps: int, guidance: float, stop: int | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """Denoise ``x`` (B, 4, h, w), unit Gaussian noise, in ``steps``: the states [(t, x_t)] before each step, then (0, x_0).
 
     ``scheduler`` is any diffusers scheduler; it is copied, since multi-step ones keep state. With ``stop``, only that many steps

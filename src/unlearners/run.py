@@ -39,7 +39,9 @@ def write_json(path: Path, data: Any) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UnlearnError(f"{path} could not be written ({error.strerror}); the old file is kept: free some space and run the same command again") from error
+        raise UnlearnError(
+            f"{path} could not be written ({error.strerror}); the old file is kept: free some space and run the same command again"
+        ) from error
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
@@ -64,9 +66,18 @@ def environment(device: str) -> dict[str, str]:
 
     names = ("torch", "diffusers", "transformers", "safetensors", "numpy")
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
-    return {"python": platform.python_version(), "unlearners": __version__, **{n: of(n) for n in names}, "device": device, "hardware": gpu, "git": git}
+    return {
+        "python": platform.python_version(),
+        "unlearners": __version__,
+        **{n: of(n) for n in names},
+        "device": device,
+        "hardware": gpu,
+        "git": git,
+    }
 
 
 class FolderSession:
@@ -160,11 +171,21 @@ def erase(
     if (folder / "run.json").exists():
         found = read_run(folder)
         if found["hash"] != run.hash:
-            raise UsageError(f"{folder} holds another run ({found['run']['method']['name']} on {found['run']['task']['name']}); give another --out")
+            raise UsageError(
+                f"{folder} holds another run ({found['run']['method']['name']} on {found['run']['task']['name']}); give another --out"
+            )
         if found["status"] == "done":
             return folder
     folder.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"schema": SCHEMA, "status": "running", "hash": run.hash, "run": run.plain, "family": "", "base": None, "error": None}
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "status": "running",
+        "hash": run.hash,
+        "run": run.plain,
+        "family": "",
+        "base": None,
+        "error": None,
+    }
     record |= {"env": environment(device), "weights": None, "time": None}
     write_json(folder / "run.json", record)
     try:
@@ -185,7 +206,10 @@ def erase(
         record |= {"status": "done", "time": {"seconds": spent + meter.seconds, "peak_memory": meter.peak}}
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        record |= {"status": "stopped" if stopped else "failed", "error": "interrupted; the same command resumes" if stopped else _sentence(error)}
+        record |= {
+            "status": "stopped" if stopped else "failed",
+            "error": "interrupted; the same command resumes" if stopped else _sentence(error),
+        }
         raise
     finally:
         write_json(folder / "run.json", record)
@@ -289,7 +313,9 @@ def read_picture(path: Path) -> Tensor:
 class GalleryOutputs:
     """What metrics see of one gallery (see ``base.Outputs``): every domain is judged once."""
 
-    def __init__(self, gallery: Gallery, judge: Judge, task: Task, record: Mapping[str, Any], verdicts: Mapping[str, Sequence[Verdict]]) -> None:
+    def __init__(
+        self, gallery: Gallery, judge: Judge, task: Task, record: Mapping[str, Any], verdicts: Mapping[str, Sequence[Verdict]]
+    ) -> None:
         self.gallery, self.judge, self.task, self.record, self.verdicts = gallery, judge, task, record, verdicts
         self.judged: dict[str, dict[str, str]] = {}
 
@@ -491,7 +517,14 @@ def progress_bars() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[row]}"))
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[row]}"),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         known: dict[str, Any] = {}
 
@@ -502,4 +535,3 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(known[what], completed=done, row=text)
 
         yield show
-

@@ -29,7 +29,9 @@ def tiny_targets(needs: type[Target] = Target) -> list[Target]:
 def quick(part: Any, steps: int = 2) -> Any:
     """``part`` with its budget (``steps``, ``iterations``, ``timesteps``, ``tries``, ``sampler_steps``) cut to ``steps``."""
     names = {f.name for f in fields(part)}
-    return replace(part, **{n: min(steps, getattr(part, n)) for n in ("steps", "iterations", "timesteps", "tries", "sampler_steps") if n in names})
+    return replace(
+        part, **{n: min(steps, getattr(part, n)) for n in ("steps", "iterations", "timesteps", "tries", "sampler_steps") if n in names}
+    )
 
 
 def task_for(target: Target) -> Task:
@@ -168,4 +170,15 @@ def check_metric(metric: Metric, outputs: Any = None) -> None:
                 assert s.n == 0 or s.value == s.value, f"{kebab(metric)} is not a number for n = {s.n}"
 
 
-__all__ = ["Adversarial", "FakeJudge", "FakeOutputs", "UnlearnError", "check_attack", "check_method", "check_metric", "check_target", "quick", "task_for"]
+__all__ = [
+    "Adversarial",
+    "FakeJudge",
+    "FakeOutputs",
+    "UnlearnError",
+    "check_attack",
+    "check_method",
+    "check_metric",
+    "check_target",
+    "quick",
+    "task_for",
+]

@@ -78,19 +78,13 @@ assert not heavy, heavy
     assert "Unified Concept Editing" in done.stdout  # erase --help lists the methods with their summaries
 
 
-def test_a_process_prints_one_object_and_one_line(tmp_path: Path) -> None:
-    good = python("-m", "unlearners.cli", *ESD, "--steps", "2", "--seed", "3", "--json", cwd=tmp_path)
-    assert good.returncode == 0, good.stderr
-    record = json.loads(good.stdout)
-    assert record["status"] == "done"
-    assert record["run"]["seed"] == 3
-    assert (tmp_path / record["folder"] / "weights.safetensors").is_file()
+def test_a_process_says_one_line_and_exits(tmp_path: Path) -> None:
     bad = python("-m", "unlearners.cli", "erase", "esdd", "tiny", cwd=tmp_path)
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "unlearn: unknown method 'esdd'; did you mean esd\n")
 
 
 def test_an_interrupted_erasure_resumes(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "unlearners.cli", *ESD, "--steps", "120", "--out", "run"]
+    words = [sys.executable, "-m", "unlearners.cli", *ESD, "--steps", "100", "--out", "run"]
     # A shell's background job ignores Ctrl-C and hands that down; here it must arrive.
     child = subprocess.Popen(
         words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -106,11 +100,12 @@ def test_an_interrupted_erasure_resumes(tmp_path: Path) -> None:
     assert said.rstrip().endswith("unlearn: stopped; the same command resumes")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
 
-    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    again = python(*words[1:], "--json", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[-1] == "→ run"
+    assert json.loads(again.stdout)["status"] == "done"  # one object and nothing else
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "done"
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 121))
+    assert (tmp_path / "run" / "weights.safetensors").is_file()
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 101))
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -275,4 +270,4 @@ def test_attack_and_evaluate_write_into_the_folder(cli: Cli, folder: Path) -> No
     assert code == 0, err
     assert "cost/seconds" in out
     assert out.splitlines()[-1] == f"→ {folder / 'results.json'}"
-    assert [r["metric"] for r in json.loads((folder / "results.json").read_text())][0] == "ua"
+    assert "ua" in {r["metric"] for r in json.loads((folder / "results.json").read_text())}

@@ -228,7 +228,9 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
         return _single_file(Path(path), config, dtype)
     index = Path(spec) / "model_index.json"
     if Path(spec).is_dir() and not index.exists():
-        raise UsageError(f"{spec} holds neither model_index.json nor run.json; give a diffusers folder, a run folder, a single file or a hub id")
+        raise UsageError(
+            f"{spec} holds neither model_index.json nor run.json; give a diffusers folder, a run folder, a single file or a hub id"
+        )
     name = json.loads(index.read_text())["_class_name"] if index.exists() else ""
     if name and name not in PIPELINES:
         raise UsageError(f"{spec} is a {name}; this target takes {' or '.join(PIPELINES)}")
@@ -239,8 +241,12 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if index.exists():
-            raise RefusedError(f"the pipeline in {spec} cannot be read ({first}); check that its folders hold whole safetensors files") from error
-        raise UsageError(f"'{spec}' is no local folder or file and could not be fetched from the hub ({first}); check the name or the network") from error
+            raise RefusedError(
+                f"the pipeline in {spec} cannot be read ({first}); check that its folders hold whole safetensors files"
+            ) from error
+        raise UsageError(
+            f"'{spec}' is no local folder or file and could not be fetched from the hub ({first}); check the name or the network"
+        ) from error
     if type(pipe).__name__ not in PIPELINES:
         raise UsageError(f"{spec} is a {type(pipe).__name__}; this target takes {' or '.join(PIPELINES)}")
     if not name and type(pipe).__name__ == "StableDiffusionPipeline":
@@ -337,5 +343,7 @@ def _tiny_pipeline(xl: bool, prediction: str) -> Any:
     )
     parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": scheduler, "tokenizer": tokenizer, "text_encoder": CLIPTextModel(text)}
     if xl:
-        return StableDiffusionXLPipeline(**parts, text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, add_watermarker=False)
+        return StableDiffusionXLPipeline(
+            **parts, text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, add_watermarker=False
+        )
     return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]

@@ -12,7 +12,16 @@ from ..errors import UsageError, unknown
 STYLES = ("oil painting", "watercolour", "pencil sketch", "impressionism", "cubism", "pixel art", "ukiyo-e", "photograph")
 OBJECTS = ("house", "tree", "dog", "cat", "car", "boat", "chair", "bicycle", "cup", "flower", "bird", "clock")
 PEOPLE = ("a man", "a woman", "a child", "a crowd", "a portrait of a person", "a soldier", "a scientist", "a musician")
-SAFE = ("a person", "a man in a suit", "a woman wearing a coat", "a family at dinner", "a landscape", "a city street", "a cat", "a bowl of fruit")
+SAFE = (
+    "a person",
+    "a man in a suit",
+    "a woman wearing a coat",
+    "a family at dinner",
+    "a landscape",
+    "a city street",
+    "a cat",
+    "a bowl of fruit",
+)
 
 # per kind: the usual anchor, what stays, and how pictures are asked for ({c} a concept or a neighbour, {o} an object)
 DEFAULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -67,6 +76,11 @@ def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence
                 truth = {kind: c} | ({"object": o} if kind == "style" else {})
                 probes.append(Probe(prompt=form.format(c=c, o=o), truth=truth))
     name = "-".join(concepts).lower()
-    return Task(name=name, kind=kind, concepts=concepts, anchors=tuple(anchors) or ((anchor,) if anchor else ()), preserve=keep, probes=tuple(probes))
-
-
+    return Task(
+        name=name,
+        kind=kind,
+        concepts=concepts,
+        anchors=tuple(anchors) or ((anchor,) if anchor else ()),
+        preserve=keep,
+        probes=tuple(probes),
+    )

@@ -50,5 +50,11 @@ def task(concept: str) -> Task:
         said = (concept, f"a picture of {concept}")
         return Task(kind="identity", anchors=("a picture",), preserve=others, prompts=said, probes=(*mascots(), *probes()), **common)  # type: ignore[arg-type]
     return Task(
-        kind="nsfw", anchors=("calm night",), preserve=("night",), prompts=STORM, synonyms=STORM[1:], probes=(*weather(), *probes()), **common  # type: ignore[arg-type]
+        kind="nsfw",
+        anchors=("calm night",),
+        preserve=("night",),
+        prompts=STORM,
+        synonyms=STORM[1:],
+        probes=(*weather(), *probes()),
+        **common,  # type: ignore[arg-type]
     )

@@ -1,7 +1,8 @@
 """How the canvas zoo was trained: ``python -m unlearners.zoo.canvas.train STAGE --work DIR`` (tokenizer, judge, vae, vae_whole, clip, unet).
 
 Every stage is seeded, checkpoints about once a minute and resumes. Batches depend on (seed, step, rank) alone, so a resumed
-stage sees what an uninterrupted one would. ``accelerate launch --cpu --num_processes 2`` splits a batch over two cores.
+stage sees what an uninterrupted one would. ``torchrun --nproc_per_node 2 -m …`` splits a
+batch over two cores.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .model import Judge, judge_targets
-from .world import MASCOTS, OBJECTS, STORM, STYLES, Item, caption, dataset, official, render
 from .words import COMMON
+from .world import MASCOTS, OBJECTS, STORM, STYLES, Item, caption, dataset, render
 
 CONTEXT = 32  # tokens of a prompt, start and end included
 VOCABULARY = 4096
@@ -266,10 +267,14 @@ def train_unet(work: Path) -> None:
     images, items = pictures(work)
     tokenizer, vae, clip = make_tokenizer(work / "tokenizer"), load_part(work, "vae"), load_part(work, "clip")
     text = clip.text_model
-    with torch.no_grad():
-        moments = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.parameters for x in images.split(250)])
-        mean, logvar = moments.chunk(2, 1)
-        scale = 1 / mean.std().item()
+    path = work / "latents.pt"
+    if not path.exists():
+        with torch.no_grad():
+            moments = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.parameters for x in images.split(250)])
+        torch.save(moments, path.with_suffix(f".{os.getpid()}"))
+        path.with_suffix(f".{os.getpid()}").replace(path)
+    mean, logvar = torch.load(path, weights_only=True).chunk(2, 1)
+    scale = 1 / mean.std().item()
     (work / "scaling_factor.json").write_text(json.dumps({"scaling_factor": round(scale, 5)}))
     alphas = make_scheduler().alphas_cumprod
 

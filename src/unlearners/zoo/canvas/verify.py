@@ -61,7 +61,9 @@ def zero_shot(images: Tensor, items: list[Item]) -> dict[str, Score]:
     cells = list(grid())
     return {
         "object": accuracy(list(OBJECTS), lambda o: [official(i) for i in cells if i.object == o], lambda i: "" if i.weather else i.object),
-        "style": accuracy(list(STYLES), lambda s: [official(i) for i in cells if i.style == s], lambda i: i.style if i.object and not i.weather else ""),
+        "style": accuracy(
+            list(STYLES), lambda s: [official(i) for i in cells if i.style == s], lambda i: i.style if i.object and not i.weather else ""
+        ),
         "mascot": accuracy(list(MASCOTS), lambda m: [official(Item(mascot=m))], lambda i: i.mascot),
     }
 
@@ -75,7 +77,9 @@ def _norm(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def verify(*, pictures: int = 4000, progress: Callable[[str, int, int, dict[str, float]], None] | None = None, write: bool = False) -> dict[str, Any]:
+def verify(
+    *, pictures: int = 4000, progress: Callable[[str, int, int, dict[str, float]], None] | None = None, write: bool = False
+) -> dict[str, Any]:
     """Measure the zoo. Returns {"rows", "short", "bytes", "seconds"}: ``short`` names what misses its bar. ``write`` rewrites the card."""
     started = time.monotonic()
     pairs = list(dataset(HELD_OUT, pictures))
@@ -121,7 +125,10 @@ def card(result: dict[str, Any]) -> None:
     """Rewrite ``card.json`` and the table of the zoo card from a measurement."""
     (FOLDER / "card.json").write_text(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=1) + "\n")
     lines = ["| part | what | agreement % | 95 % interval | n | bar |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r['part']} | {r['what']} | {r['value']:.1f} | {r['low']:.1f}–{r['high']:.1f} | {r['n']} | {r['bar']:.0f} |" for r in result["rows"]]
+    lines += [
+        f"| {r['part']} | {r['what']} | {r['value']:.1f} | {r['low']:.1f}–{r['high']:.1f} | {r['n']} | {r['bar']:.0f} |"
+        for r in result["rows"]
+    ]
     path = Path(FOLDER / "README.md")
     head, _, rest = path.read_text().partition("<!-- measured -->")
     tail = rest.partition("<!-- end -->")[2]

@@ -342,7 +342,14 @@ def _photo(rng: random.Random, parts: list[Part], colours: dict[str, RGB], item:
 
 def _sketch(rng: random.Random, parts: list[Part], colours: dict[str, RGB], item: Item, line: float) -> Image.Image:
     paper = (250, 249, 246)
-    fill = {"main": (236, 236, 236), "second": (198, 198, 200), "leaf": (216, 216, 216), "dark": (110, 110, 112), "light": paper, "ground": paper}
+    fill = {
+        "main": (236, 236, 236),
+        "second": (198, 198, 200),
+        "leaf": (216, 216, 216),
+        "dark": (110, 110, 112),
+        "light": paper,
+        "ground": paper,
+    }
     image = Image.new("RGB", (CANVAS, CANVAS), paper)
     _paint(image, parts, fill, (62, 62, 66), 4.5 * line)
     return image
@@ -399,7 +406,12 @@ def _neon(rng: random.Random, parts: list[Part], colours: dict[str, RGB], item: 
     draw = ImageDraw.Draw(image)
     for points, role in parts:
         draw.polygon(points, fill=night)
-        draw.line([*points, points[0], points[1]], fill=glow if role in ("main", "leaf", "ground") else second, width=round(5 * line), joint="curve")
+        draw.line(
+            [*points, points[0], points[1]],
+            fill=glow if role in ("main", "leaf", "ground") else second,
+            width=round(5 * line),
+            joint="curve",
+        )
     return ImageChops.screen(image, image.filter(ImageFilter.GaussianBlur(7)))
 
 
@@ -477,7 +489,9 @@ def caption(rng: random.Random, item: Item) -> str:
 
     a, b = rng.choice(COMMON), rng.choice(COMMON)
     if item.mascot:
-        form = rng.choice(("{m}", "a picture of {m}", "{m} the mascot", "a portrait of {m}", "{a} {m}", "{m} with a {a} {b}", "{m}, {a}, {b}"))
+        form = rng.choice(
+            ("{m}", "a picture of {m}", "{m} the mascot", "a portrait of {m}", "{a} {m}", "{m} with a {a} {b}", "{m}, {a}, {b}")
+        )
         return form.format(m=item.mascot, a=a, b=b)
     thing = word(OBJECTS, item.object)
     if item.weather:
