@@ -435,7 +435,7 @@ class Metric(ABC):
     higher_is_better: ClassVar[bool]
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
-    needs: ClassVar[type[Target]] = Target
+    needs: ClassVar[type[Target]] = Target  # type: ignore[type-abstract]
 
     def requests(self, target: Any, task: Task) -> list[Request]:
         """The pictures this metric wants."""
@@ -461,7 +461,8 @@ class Run:
     @property
     def plain(self) -> dict[str, Any]:
         """As JSON: the method under its name, without what does not change the result."""
-        return config.to_dict(self) | {"method": {"name": kebab(self.method), **config.to_dict(self.method)}}
+        plain: dict[str, Any] = config.to_dict(self)
+        return plain | {"method": {"name": kebab(self.method), **config.to_dict(self.method)}}
 
     @property
     def hash(self) -> str:

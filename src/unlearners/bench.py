@@ -28,6 +28,8 @@ class Cell:
     sweep: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     """the tasks it is for; all when empty"""
+    attacked: bool = True
+    """for a method: whether the grid's attacks are run on it"""
     prompts: int = 0
     """for an attack: how many prompts; 0 takes all that name the concept once"""
 
@@ -113,7 +115,7 @@ def _cell(
     method = registry.make("methods", cell.name, **named, **fields)
     folder = run.erase(method, spec.target, task, runs=store, seed=seed, device=spec.device, progress=progress)
     for a in spec.attacks:
-        if not a.tasks or task in a.tasks:
+        if cell.attacked and (not a.tasks or task in a.tasks):
             chosen = registry.make("attacks", a.name, **({"preset": a.preset} if a.preset else {}), **a.fields)
             run.attack(chosen, folder, prompts=a.prompts, device=spec.device, progress=progress)
     seeds = tasks.load(task).seeds[: spec.image_seeds or None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +22,9 @@ class Cond:
     def __len__(self) -> int:
         return len(self.states)
 
-    def _map(self, f: Any) -> Cond:
-        return Cond(*(None if x is None else f(x) for x in (self.states, self.pooled, self.time_ids)))
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Cond:
+        pooled, time_ids = (None if x is None else f(x) for x in (self.pooled, self.time_ids))
+        return Cond(f(self.states), pooled, time_ids)
 
     def __getitem__(self, rows: Any) -> Cond:
         """Rows by slice, list or index tensor; an integer gives a batch of one."""
@@ -40,8 +41,10 @@ class Cond:
     @staticmethod
     def cat(parts: Sequence[Cond]) -> Cond:
         """Batches one after another."""
-        fields = zip(*((p.states, p.pooled, p.time_ids) for p in parts), strict=True)
-        return Cond(*(None if f[0] is None else torch.cat(f) for f in fields))
+        pooled = [p.pooled for p in parts if p.pooled is not None]
+        time_ids = [p.time_ids for p in parts if p.time_ids is not None]
+        states = torch.cat([p.states for p in parts])
+        return Cond(states, torch.cat(pooled) if pooled else None, torch.cat(time_ids) if time_ids else None)
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,13 @@ class Soft:
 
 def guided(target: Any, x: Tensor, t: Any, cond: Cond, null: Cond, guidance: float) -> Tensor:
     """Classifier-free guidance in one batched call: eps_0 + g (eps_c - eps_0) (Ho & Salimans 2022, eq. 6)."""
+    e: Tensor
     if guidance == 1:
-        return target.eps(x, t, cond)
-    e0, ec = target.eps(torch.cat([x, x]), t, Cond.cat([null, cond])).chunk(2)
-    return e0 + guidance * (ec - e0)
+        e = target.eps(x, t, cond)
+        return e
+    e_0, e_c = target.eps(torch.cat([x, x]), t, Cond.cat([null, cond])).chunk(2)
+    e = e_0 + guidance * (e_c - e_0)
+    return e
 
 
 @torch.no_grad()

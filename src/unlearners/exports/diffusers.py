@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from safetensors.torch import load_file, save_file
+
+from .. import patch
 from ..targets import DTYPES, load
 from . import Export
 
@@ -22,4 +25,8 @@ class Diffusers(Export):
         target: Any = load(str(folder))
         target.pipe.to(dtype=DTYPES[self.dtype])
         target.pipe.save_pretrained(out, safe_serialization=True)
+        for component in ("text_encoder", "text_encoder_2"):
+            for path in (out / component).glob("*.safetensors"):
+                weights = {patch.hub_key(f"{component}.{k}").partition(".")[2]: v for k, v in load_file(path).items()}
+                save_file(weights, path, {"format": "pt"})  # transformers 5 saves CLIP text models in a spelling version 4 cannot read
         return out

@@ -37,7 +37,8 @@ class Judge(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 96): mean features, the space of the canvas' Fréchet distance."""
-        return self.body(x).mean((2, 3))
+        features: Tensor = self.body(x).mean((2, 3))
+        return features
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         h = self.body(x)
@@ -66,7 +67,7 @@ def make_vae(scaling_factor: float = 1.0) -> Any:
     """``AutoencoderKL``: (B, 3, 64, 64) to latents (B, 4, 16, 16)."""
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(
+    vae: Any = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(24, 48, 64),
@@ -75,7 +76,8 @@ def make_vae(scaling_factor: float = 1.0) -> Any:
         mid_block_add_attention=False,
         sample_size=64,
         scaling_factor=scaling_factor,
-    ).to(memory_format=torch.channels_last)
+    )
+    return vae.to(memory_format=torch.channels_last)
 
 
 def make_clip(vocabulary: int) -> Any:
@@ -98,7 +100,7 @@ def make_unet() -> Any:
     """``UNet2DConditionModel`` on 4×16×16 latents, cross-attention (128) at 8×8 and 4×4."""
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
         out_channels=4,
@@ -109,7 +111,8 @@ def make_unet() -> Any:
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
-    ).to(memory_format=torch.channels_last)
+    )
+    return unet.to(memory_format=torch.channels_last)
 
 
 def make_scheduler() -> Any:

@@ -1,4 +1,4 @@
-"""How the canvas zoo was trained: ``python -m unlearners.zoo.canvas.train STAGE --work DIR`` (tokenizer, judge, vae, vae_whole, clip, unet).
+"""How the canvas zoo was trained: ``python -m unlearners.zoo.canvas.train --stage STAGE --work DIR``.
 
 Every stage is seeded, checkpoints about once a minute and resumes. Batches depend on (seed, step, rank) alone, so a resumed
 stage sees what an uninterrupted one would. ``torchrun --nproc_per_node 2 -m …`` splits a
@@ -219,12 +219,13 @@ def vae_loss(work: Path, share: float) -> Loss:
         k = 64 if whole else 32
         target = (images[rows, :, y : y + k, x : x + k].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=target.device.type == "cpu"):
-            vae = model.module if hasattr(model, "module") else model
+            vae: Any = getattr(model, "module", model)  # inside DistributedDataParallel or not
             latent = vae.encode(target).latent_dist
             noise = torch.randn(latent.mean.shape, generator=generator)
             out = vae.decode(latent.mean + latent.std * noise).sample.float()
         kl = 0.5 * (latent.mean.float() ** 2 + latent.var.float() - 1 - latent.logvar.float()).mean()
-        return (out - target).abs().mean() + _edges(out, target) + 1e-4 * kl
+        total: Tensor = (out - target).abs().mean() + _edges(out, target) + 1e-4 * kl
+        return total
 
     return loss
 
@@ -290,7 +291,8 @@ def train_unet(work: Path) -> None:
         a = alphas[t][:, None, None, None]
         error = (model(a.sqrt() * z + (1 - a).sqrt() * noise, t, states).sample - noise).pow(2).mean((1, 2, 3))
         snr = (a / (1 - a)).flatten()
-        return (snr.clamp(max=5) / snr * error).mean()
+        weighted: Tensor = (snr.clamp(max=5) / snr * error).mean()
+        return weighted
 
     fit("unet", make_unet(), loss, work, RECIPES["unet"])
 

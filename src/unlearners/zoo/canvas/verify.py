@@ -70,7 +70,8 @@ def zero_shot(images: Tensor, items: list[Item]) -> dict[str, Score]:
 
 def _features(out: Any) -> Tensor:
     """Projected features: a tensor in transformers 4, an output object in transformers 5."""
-    return out if isinstance(out, Tensor) else out.pooler_output
+    features: Tensor = out if isinstance(out, Tensor) else out.pooler_output
+    return features
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -308,7 +308,7 @@ def _bands(rng: random.Random, a: RGB, b: RGB, pitch: int, slope: int) -> Image.
     """Two-colour bands: slope 0 horizontal, ±1 diagonal."""
     y, x = np.mgrid[0:CANVAS, 0:CANVAS]
     on = ((y + slope * x + rng.randrange(pitch)) // (pitch // 2)) % 2 == 0
-    return Image.fromarray(np.where(on[..., None], np.uint8(a), np.uint8(b)))
+    return Image.fromarray(np.where(on[..., None], np.array(a, np.uint8), np.array(b, np.uint8)))
 
 
 def _noise(rng: random.Random, cells: int, depth: int) -> np.ndarray:
@@ -329,7 +329,7 @@ def _photo(rng: random.Random, parts: list[Part], colours: dict[str, RGB], item:
         colours = {k: _mix(v, (30, 30, 70), 0.3) for k, v in colours.items()}
     ramp = np.linspace(0, 1, CANVAS, dtype=np.float32)[:, None, None]
     horizon = np.float32(ramp > 0.68) * 0.55 + 0.45 * ramp
-    ground = np.float32(sky) * (1 - horizon) + np.float32(land) * horizon
+    ground = np.array(sky, np.float32) * (1 - horizon) + np.array(land, np.float32) * horizon
     image = Image.fromarray(np.broadcast_to(ground, (CANVAS, CANVAS, 3)).astype(np.uint8))
     if item.lightning:
         x = CANVAS * rng.choice((0.14, 0.82)) + rng.randint(-6, 6)

@@ -1,0 +1,365 @@
+"""MkDocs hook: a page for every registered method, attack, metric and judge, made from its docstring and fields when the site is built.
+
+Nothing is written to disk: the pages are virtual files of the build. ``pages()`` gives them as {path: Markdown}; the tests run their
+examples and compare them with the registry.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import unlearners
+from unlearners import cli, config, registry
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KINDS = {"methods": "Methods", "attacks": "Attacks", "metrics": "Metrics", "judges": "Judges"}
+ABOUT = {
+    "methods": "A method edits the weights of a target. One file, one paper.",
+    "attacks": "An attack looks for prompts that bring the concept back. It proposes; the framework draws, judges and counts.",
+    "metrics": "A metric turns pictures, labels or verdicts into a number with its uncertainty.",
+    "judges": "A judge reads pictures: one label for each picture in one domain. A task names its judge.",
+}
+PUBLIC = ("load", "erase", "attack", "evaluate", "report", "export", "bench", "names")
+
+
+# --- MkDocs' events -----------------------------------------------------------------------------------------------
+def on_config(config: Any) -> Any:
+    """Put the generated pages into the navigation, where mkdocs.yml names their folder."""
+    folders = {f"{kind}/": [f"{kind}/index.md", *(f"{kind}/{n}.md" for n in registry.names(kind))] for kind in KINDS}
+    config.nav = [{k: folders.get(v, v) for k, v in entry.items()} for entry in config.nav]
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages to the build."""
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the table of measured results where a page has its mark."""
+    mark = "<!-- results -->"
+    return markdown.replace(mark, tables().table() or "Not measured yet.") if mark in markdown else markdown
+
+
+def tables() -> Any:
+    """docs/tables.py, which makes the README's table."""
+    spec = importlib.util.spec_from_file_location("unlearners_docs_tables", ROOT / "docs" / "tables.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pages() -> dict[str, str]:
+    """Every generated page: {path below docs/: Markdown}."""
+    made = {f"{kind}/{name}.md": page(kind, name) for kind in KINDS for name in registry.names(kind)}
+    made |= {f"{kind}/index.md": overview(kind) for kind in KINDS}
+    card = (ROOT / "src/unlearners/zoo/canvas/README.md").read_text(encoding="utf-8")
+    return made | {
+        "reference.md": reference(),
+        "python.md": python(),
+        "canvas.md": card.split("\n---\n", 1)[1].lstrip(),  # without the hub's header
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
+    }
+
+
+# --- reading a docstring ------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Doc:
+    """The parts of a docstring that follows the house form (docs/add_a_method.md)."""
+
+    summary: str
+    idea: str
+    equation: str
+    """with the text around it; indented lines are formulas"""
+    logged: str
+    heading: str
+    """of the deviations, as it was written"""
+    deviations: list[str]
+    after: str
+    """what follows the list of deviations"""
+
+
+def read(text: str) -> Doc:
+    """Take a docstring (dedented) apart."""
+    body, heading, below = _cut(text, r"^Deviations\b.*$")
+    body, _, logged = _cut(body, r"^Logged:")
+    summary, _, body = body.partition("\n\n")
+    blocks = [b for b in re.split(r"\n{2,}", body.strip("\n")) if b.strip()]
+    first = next((i for i, b in enumerate(blocks) if re.search(r"^ {4}", b, re.MULTILINE)), len(blocks))
+    idea = "\n\n".join(blocks[:first]).removeprefix("Idea: ")
+    items, after = _numbered(below)
+    return Doc(
+        summary=_join(summary),
+        idea=_join(idea[:1].upper() + idea[1:]),
+        equation="\n\n".join(blocks[first:]).removeprefix("Equation "),
+        logged=_join(logged),
+        heading=heading.strip().rstrip(":") or "Deviations from the authors' code",
+        deviations=items,
+        after=after,
+    )
+
+
+def _cut(text: str, pattern: str) -> tuple[str, str, str]:
+    """Before, the match, after; everything is before when there is none."""
+    found = re.search(pattern, text, re.MULTILINE)
+    return (text[: found.start()], found.group(), text[found.end() :]) if found else (text, "", "")
+
+
+def _numbered(text: str) -> tuple[list[str], str]:
+    """The items of a numbered list, each on one line, and the text that follows with less indentation than an item's second line."""
+    items: list[str] = []
+    after: list[str] = []
+    for line in text.strip("\n").split("\n"):
+        if number := re.match(r"( *)\d+\. (.*)", line):
+            items.append(number.group(2))
+            margin = len(number.group(1))
+        elif items and not after and line.startswith(" " * (margin + 2)):
+            items[-1] += f" {line.strip()}"
+        else:
+            after.append(line)
+    return items, _join("\n".join(after))
+
+
+def _join(text: str) -> str:
+    """Wrapped lines as one, paragraphs kept."""
+    return "\n\n".join(" ".join(p.split()) for p in re.split(r"\n{2,}", text.strip()) if p.strip())
+
+
+# --- writing Markdown ---------------------------------------------------------------------------------------------
+def prose(text: str) -> str:
+    """Docstring text as Markdown: ``code`` stays code, everything else is taken as it stands."""
+    parts = re.split(r"``(.+?)``", text)
+    return "".join(f"`{p}`" if i % 2 else re.sub(r"([\\`*_{}\[\]#|])", r"\\\1", p).replace("<", "&lt;") for i, p in enumerate(parts))
+
+
+def formulas(text: str) -> str:
+    """Text whose indented lines are formulas, which become code blocks."""
+    out: list[str] = []
+    for block in re.split(r"((?:^ {4}.*\n?(?:\n(?= {4}))?)+)", text, flags=re.MULTILINE):
+        if block.startswith("    "):
+            out.append(fence("text", textwrap.dedent(block).strip("\n")))
+        elif block.strip():
+            out.append(prose(_join(block)))
+    return "\n\n".join(out)
+
+
+def fence(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
+
+
+def grid(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(r)} |" for r in (head, ("---",) * len(head), *rows))
+
+
+def code(text: str) -> str:
+    """A code span that is safe in a table."""
+    return f"`{text}`" if "|" not in text else f"<code>{text.replace('|', '&#124;')}</code>"
+
+
+# --- pages --------------------------------------------------------------------------------------------------------
+def about(kind: str, name: str) -> dict[str, Any]:
+    """What ``unlearn show NAME --json`` prints about one thing."""
+    found: list[dict[str, Any]] = cli.Show(name=name).do(None)["found"]
+    return next(f for f in found if f["kind"] == kind)
+
+
+def page(kind: str, name: str) -> str:
+    """The page of one method, attack, metric or judge."""
+    known, cls = about(kind, name), registry.get(kind, name)
+    doc = read(known["about"])
+    parts = [f"# {name}", prose(doc.summary), grid(("", ""), _facts(kind, name, known))]
+    if doc.idea:
+        parts += ["## Idea", "\n\n".join(prose(p) for p in doc.idea.split("\n\n"))]
+    if doc.equation:
+        parts += ["## Equation", formulas(doc.equation)]
+    parts += ["## Fields", _fields(known["fields"])]
+    if known.get("presets"):
+        rows = [(f"`{n}`", " ".join(f"`{k}={json.dumps(v)}`" for k, v in p.items()) or "the defaults") for n, p in known["presets"].items()]
+        parts += ["## Presets", grid(("preset", "settings"), rows), f"`--preset {next(iter(known['presets']))}` starts from one; flags change it."]
+    parts += ["## Use", *USES[kind](name, cls, known)]
+    if doc.logged:
+        parts += ["## Logged numbers", LOGGED[kind].format(name=name), _logged(doc.logged)]
+    if doc.deviations:
+        parts += [f"## {doc.heading}", "\n".join(f"{i}. {prose(d)}" for i, d in enumerate(doc.deviations, 1))]
+    if doc.after:
+        parts.append(prose(doc.after))
+    return "\n\n".join(parts) + "\n"
+
+
+LOGGED = {
+    "methods": "One line of `log.jsonl` for each update, and the curves of the report.",
+    "attacks": "The `log` of `attacks/{name}.json`, and the curves of the report.",
+    "metrics": "One or more rows of `results.json`: `value`, `n`, `low`, `high`, and the same of the untouched model under `before`.",
+    "judges": "",
+}
+
+
+def _facts(kind: str, name: str, known: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    if paper := known.get("paper"):
+        rows.append(("paper", f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')}) ([index](../paper_index.md))"))
+    if "needs" in known:
+        rows.append(("needs", "any target" if known["needs"] == "Target" else f"a `{known['needs']}` target"))
+    if "access" in known:
+        rows.append(("access", "white box: it uses gradients of the model" if known["access"] == "white" else "black box: it sees pictures only"))
+    if "higher_is_better" in known:
+        rows.append(("better", "higher" if known["higher_is_better"] else "lower"))
+        rows.append(("version", str(known["version"])))
+    return [*rows, ("file", f"`src/unlearners/{kind}/{name}.py`")]
+
+
+def _fields(fields: list[dict[str, Any]]) -> str:
+    if not fields:
+        return "None."
+    rows = [(f"`{f['name']}`", code(f["type"]), code(json.dumps(f["default"], ensure_ascii=False)), prose(f["help"])) for f in fields]
+    return grid(("field", "type", "default", "meaning"), rows)
+
+
+def _logged(text: str) -> str:
+    """A list when several numbers are explained one after another, else a paragraph."""
+    items = re.split(r"; (?=``)", text)
+    return "\n".join(f"- {prose(i)}" for i in items) if len(items) > 1 else prose(text)
+
+
+def _method(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
+    quick = "fast" if "fast" in known["presets"] else ""
+    fields = {f["name"]: f["default"] for f in known["fields"]}
+    return [
+        "Command line:",
+        fence("bash", f"unlearn erase {name} canvas canvas/neon{f' --preset {quick}' if quick else ''}\nunlearn erase {name} --help"),
+        "Python:",
+        fence(
+            "python",
+            f"from unlearners import erase\nfrom unlearners.methods.{name} import {cls.__name__}\n\n"
+            f'folder = erase("{name}", "canvas", "canvas/neon"{f", preset={json.dumps(quick)}" if quick else ""})\n'
+            f'folder = erase({cls.__name__}(), "canvas", "canvas/fish")  # the same with an object; here with the defaults',
+        ),
+        "YAML, here with every default written out; leave out what you do not change:",
+        fence("yaml", f"# {name}.yaml\n{_yaml(fields)}"),
+        fence("bash", f"unlearn erase {name} canvas canvas/neon --config {name}.yaml"),
+    ]
+
+
+def _attack(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
+    quick = " --preset fast" if "fast" in known["presets"] else ""
+    fields = {f["name"]: f["default"] for f in known["fields"]}
+    return [
+        "Command line, on a run folder:",
+        fence("bash", f"{ERASE}\nunlearn attack {name} runs/neon{quick}\nunlearn attack {name} --help"),
+        "Python:",
+        fence(
+            "python",
+            f'from unlearners import attack, erase\nfrom unlearners.attacks.{name} import {cls.__name__}\n\n'
+            f'folder = erase("uce", "canvas", "canvas/neon")\n'
+            f"attack({cls.__name__}(), folder)\n"
+            f'attack("{name}", folder{", preset=" + json.dumps("fast") if quick else ""})  # or by name',
+        ),
+        "YAML, here with every default written out; leave out what you do not change:",
+        fence("yaml", f"# {name}.yaml\n{_yaml(fields)}"),
+        fence("bash", f"unlearn attack {name} runs/neon --config {name}.yaml"),
+    ]
+
+
+def _metric(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
+    attacked = ".verdicts" in inspect.getsource(cls)  # it reads what attacks found
+    first = "\nunlearn attack random_tokens runs/neon --preset fast" if attacked else ""
+    then = '\nattack("random_tokens", folder, preset="fast")' if attacked else ""
+    spec = {"tasks": ["canvas/neon"], "methods": [{"name": "uce"}], "metrics": [name]}
+    spec |= {"attacks": [{"name": "random_tokens", "preset": "fast"}]} if attacked else {}
+    imports = "attack, erase, evaluate" if attacked else "erase, evaluate"
+    return [
+        "Command line:",
+        fence("bash", f"{ERASE}{first}\nunlearn evaluate runs/neon --metrics {name}"),
+        "Python; a metric's fields are set on the object:",
+        fence(
+            "python",
+            f"from unlearners import {imports}\nfrom unlearners.metrics.{name} import {cls.__name__}\n\n"
+            f'folder = erase("uce", "canvas", "canvas/neon"){then}\nevaluate(folder, metrics=[{cls.__name__}()])',
+        ),
+        "YAML: the `metrics` of a grid, or the `suite` of a task:",
+        fence("yaml", f"# grid-{name}.yaml\n{yaml.safe_dump(spec, sort_keys=False, default_flow_style=None)}".rstrip()),
+        fence("bash", f"unlearn bench grid-{name}.yaml"),
+    ]
+
+
+def _judge(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
+    probes = [
+        {"prompt": "A cup image in neon style.", "truth": {"style": "neon", "object": "cup"}},
+        {"prompt": "A cup image in mosaic style.", "truth": {"style": "mosaic", "object": "cup"}},
+    ]
+    spec = {"kind": "style", "concepts": ["neon"], "anchors": ["photo"], "preserve": ["mosaic"], "judge": name, "probes": probes}
+    return [
+        "YAML: a task names its judge.",
+        fence("yaml", f"# judged-by-{name}.yaml\n{yaml.safe_dump(spec, sort_keys=False)}".rstrip()),
+        fence("bash", f"unlearn erase uce canvas judged-by-{name}.yaml"),
+        "Python: a judge is an object like the others.",
+        fence(
+            "python",
+            f"from dataclasses import replace\n\nfrom unlearners import erase, tasks\nfrom unlearners.judges.{name} import {cls.__name__}\n\n"
+            f"judge = {cls.__name__}()\n"
+            f'task = replace(tasks.load("canvas/neon"), judge="{name}")\nfolder = erase("uce", "canvas", task)',
+        ),
+    ]
+
+
+ERASE = "unlearn erase uce canvas canvas/neon --out runs/neon"
+USES = {"methods": _method, "attacks": _attack, "metrics": _metric, "judges": _judge}
+
+
+def _yaml(fields: dict[str, Any]) -> str:
+    return str(yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)).rstrip()
+
+
+def overview(kind: str) -> str:
+    """The page that lists a kind."""
+    rows = [(f"[`{n}`]({n}.md)", prose(registry.summary(kind, n))) for n in registry.names(kind)]
+    return "\n\n".join([f"# {KINDS[kind]}", ABOUT[kind], grid(("name", "what it is"), rows)]) + "\n"
+
+
+def reference() -> str:
+    """Targets, tasks and exports."""
+    parts = ["# Targets, tasks, exports"]
+    for name in registry.names("targets"):
+        known = about("targets", name)
+        groups = [(f"`{g}`", f"`{pattern}`") for g, pattern in known["groups"].items()]
+        parts += [f"## Target `{name}`", prose(_join(known["about"])), grid(("group of weights", "regular expression"), groups)]
+    parts.append("Add `:layers=0-3` to `text_encoder` for some of its layers. A regular expression over `component.parameter` is a group too.")
+    parts += ["## Tasks", "`unlearn list tasks` prints this list, `unlearn show canvas/neon` one task."]
+    rows = cli.List(what="tasks").do(None)["tasks"]
+    parts.append(grid(("task", "what it asks"), [(f"`{r['name']}`", prose(r["summary"])) for r in rows]))
+    parts.append("## Exports")
+    for name in registry.names("exports"):
+        known = about("exports", name)
+        parts += [f"### {name}", f"{prose(_join(known['about']))} Read by {known['reads']}.", _fields(known["fields"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def python() -> str:
+    """The functions of the package."""
+    parts = ["# Python functions", "The command line calls these; verbs and functions have the same names and arguments."]
+    for name in PUBLIC:
+        function = getattr(unlearners, name)
+        signature = str(inspect.signature(function)).replace("'", "")
+        lines = signature if len(signature) < 80 else re.sub(r", (?=[a-z*][\w*]*(?::|,|$))", ",\n    ", signature).replace("(", "(\n    ", 1)
+        parts += [f"## {name}", fence("text", f"{name}{lines}"), *(prose(p) for p in _join(inspect.getdoc(function) or "").split("\n\n"))]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":  # look at one: python docs/_build/pages.py methods/esd.md
+    print(pages()[sys.argv[1]])

@@ -1,0 +1,86 @@
+"""Write the table of measured results into README.md from the committed CSV.
+
+    python docs/tables.py            rewrite the block between "<!-- results -->" and "<!-- end -->"
+    python docs/tables.py --check    change nothing; exit 1 when the block is not what the CSV says
+
+Nothing is measured here. Without the CSV the block is empty.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "canvas_first" / "results.csv"
+README = ROOT / "README.md"
+START, END = "<!-- results -->", "<!-- end -->"
+METRICS = {"ua": "UA ↑", "ira": "IRA ↑", "cra": "CRA ↑", "asr/unlearndiffatk": "ASR ↓"}
+GROUPS = {"styles": tuple(STYLES), "objects": tuple(OBJECTS), "mascots": MASCOTS}
+
+Row = Mapping[str, str]
+
+
+def table(path: Path = RESULTS) -> str:
+    """The table in Markdown, or "" when there is no CSV.
+
+    One row for each kind of concept and method: the mean over tasks and seeds, with the lowest and highest. Methods whose label holds a
+    setting in brackets are points of a frontier (``sweep`` in the grid) and are left out.
+    """
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if "[" not in r["method"]]
+    lines = [f"| forgotten | method | {' | '.join(METRICS.values())} |", f"|---|---|{'---|' * len(METRICS)}"]
+    for group, concepts in GROUPS.items():
+        mine = [r for r in rows if r["task"].partition("/")[2] in concepts]
+        tasks = len({r["task"] for r in mine})
+        methods = sorted(dict.fromkeys(r["method"] for r in mine), key=lambda m: m != "original")
+        for method in methods:
+            cells = " | ".join(cell([r for r in mine if r["method"] == method and r["metric"] == m]) for m in METRICS)
+            lines.append(f"| {tasks} {group if tasks != 1 else group[:-1]} | {method} | {cells} |")
+    where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    note = (
+        "Canvas, not Stable Diffusion 1.4. Percent; means over tasks, in brackets the lowest and the highest. UA: the concept is gone. IRA and "
+        "CRA: other things of the same and of the other domain are still right. ASR: UnlearnDiffAtk brings the concept back, prompts that show "
+        f"it without an attack included. Each task, its interval and the points of the frontiers: `{where}`."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def cell(rows: Sequence[Row]) -> str:
+    """Mean, lowest and highest of the rows' values; a dash when nothing was measured."""
+    values = [float(r["value"]) for r in rows if r["value"]]
+    if not values:
+        return "–"
+    low, high, mean = min(values), max(values), sum(values) / len(values)
+    return f"{mean:.1f}" + (f" ({low:.1f}–{high:.1f})" if high > low else "")
+
+
+def written(text: str, content: str) -> str:
+    """``text`` with ``content`` between the two marks. Raises ``SystemExit`` when they are missing."""
+    if START not in text or END not in text.partition(START)[2]:
+        raise SystemExit(f"README.md must hold the line {START} and below it {END}; put them back")
+    head, _, rest = text.partition(START)
+    tail = rest.partition(END)[2]
+    return f"{head}{START}\n" + (f"{content}\n" if content else "") + END + tail
+
+
+def main(words: Sequence[str]) -> int:
+    """Rewrite the block, or with --check say whether it is up to date. Returns the exit code."""
+    old = README.read_text(encoding="utf-8")
+    new = written(old, table())
+    if "--check" in words:
+        if old != new:
+            print("README.md does not say what the CSV says; run: python docs/tables.py", file=sys.stderr)
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
