@@ -45,9 +45,9 @@ def table(path: Path = RESULTS) -> str:
             lines.append(f"| {tasks} {group if tasks != 1 else group[:-1]} | {method} | {cells} |")
     where = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     note = (
-        "Canvas, not Stable Diffusion 1.4. Percent; means over tasks, in brackets the lowest and the highest. UA: the concept is gone. IRA and "
-        "CRA: other things of the same and of the other domain are still right. ASR: UnlearnDiffAtk brings the concept back, prompts that show "
-        f"it without an attack included. Each task, its interval and the points of the frontiers: `{where}`."
+        "Canvas, not Stable Diffusion 1.4. Percent; means over tasks, in brackets the lowest and the highest. UA: the concept is gone. "
+        "IRA and CRA: other things of the same and of the other domain are still right. ASR: UnlearnDiffAtk brings the concept back, "
+        f"prompts that show it without an attack included. Each task, its interval and the points of the frontiers: `{where}`."
     )
     return "\n".join([*lines, "", note])
 

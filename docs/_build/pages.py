@@ -102,15 +102,16 @@ def read(text: str) -> Doc:
     blocks = [b for b in re.split(r"\n{2,}", body.strip("\n")) if b.strip()]
     first = next((i for i, b in enumerate(blocks) if re.search(r"^ {4}", b, re.MULTILINE)), len(blocks))
     idea = "\n\n".join(blocks[:first]).removeprefix("Idea: ")
+    heading, _, first_line = (part.strip() for part in heading.partition(":"))  # "Deviations: none" has its text in the same line
     items, after = _numbered(below)
     return Doc(
         summary=_join(summary),
         idea=_join(idea[:1].upper() + idea[1:]),
-        equation="\n\n".join(blocks[first:]).removeprefix("Equation "),
+        equation=re.sub(r"^Equation:\n", "", re.sub(r"^Equation \((.+?)\):", r"From the \1:", "\n\n".join(blocks[first:]))),
         logged=_join(logged),
-        heading=heading.strip().rstrip(":") or "Deviations from the authors' code",
+        heading=heading,
         deviations=items,
-        after=after,
+        after=f"{first_line[:1].upper()}{first_line[1:]}\n\n{after}".strip(),
     )
 
 
@@ -183,7 +184,7 @@ def page(kind: str, name: str) -> str:
     """The page of one method, attack, metric or judge."""
     known, cls = about(kind, name), registry.get(kind, name)
     doc = read(known["about"])
-    parts = [f"# {name}", prose(doc.summary), grid(("", ""), _facts(kind, name, known))]
+    parts = [f"# {name}", prose(doc.summary), _facts(kind, name, known)]
     if doc.idea:
         parts += ["## Idea", "\n\n".join(prose(p) for p in doc.idea.split("\n\n"))]
     if doc.equation:
@@ -191,15 +192,13 @@ def page(kind: str, name: str) -> str:
     parts += ["## Fields", _fields(known["fields"])]
     if known.get("presets"):
         rows = [(f"`{n}`", " ".join(f"`{k}={json.dumps(v)}`" for k, v in p.items()) or "the defaults") for n, p in known["presets"].items()]
-        parts += ["## Presets", grid(("preset", "settings"), rows), f"`--preset {next(iter(known['presets']))}` starts from one; flags change it."]
+        parts += ["## Presets", grid(("preset", "settings"), rows), "`--preset NAME` starts from one; flags change it."]
     parts += ["## Use", *USES[kind](name, cls, known)]
     if doc.logged:
         parts += ["## Logged numbers", LOGGED[kind].format(name=name), _logged(doc.logged)]
-    if doc.deviations:
-        parts += [f"## {doc.heading}", "\n".join(f"{i}. {prose(d)}" for i, d in enumerate(doc.deviations, 1))]
-    if doc.after:
-        parts.append(prose(doc.after))
-    return "\n\n".join(parts) + "\n"
+    if doc.heading:
+        parts += [f"## {doc.heading}", "\n".join(f"{i}. {prose(d)}" for i, d in enumerate(doc.deviations, 1)), prose(doc.after)]
+    return "\n\n".join(p for p in parts if p) + "\n"
 
 
 LOGGED = {
@@ -210,18 +209,19 @@ LOGGED = {
 }
 
 
-def _facts(kind: str, name: str, known: dict[str, Any]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+def _facts(kind: str, name: str, known: dict[str, Any]) -> str:
+    """What the class says about itself, as a list."""
+    lines = []
     if paper := known.get("paper"):
-        rows.append(("paper", f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')}) ([index](../paper_index.md))"))
+        link = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else prose(paper)
+        lines.append(f"Paper: {link} ([index](../paper_index.md))")
     if "needs" in known:
-        rows.append(("needs", "any target" if known["needs"] == "Target" else f"a `{known['needs']}` target"))
+        lines.append("Needs: any target" if known["needs"] == "Target" else f"Needs: a `{known['needs']}` target")
     if "access" in known:
-        rows.append(("access", "white box: it uses gradients of the model" if known["access"] == "white" else "black box: it sees pictures only"))
+        lines.append("Access: " + ("white box, it uses gradients" if known["access"] == "white" else "black box, it sees pictures only"))
     if "higher_is_better" in known:
-        rows.append(("better", "higher" if known["higher_is_better"] else "lower"))
-        rows.append(("version", str(known["version"])))
-    return [*rows, ("file", f"`src/unlearners/{kind}/{name}.py`")]
+        lines.append(f"Better: {'higher' if known['higher_is_better'] else 'lower'}. Version {known['version']}")
+    return "\n".join(f"- {line}" for line in [*lines, f"File: `src/unlearners/{kind}/{name}.py`"])
 
 
 def _fields(fields: list[dict[str, Any]]) -> str:
@@ -323,7 +323,7 @@ USES = {"methods": _method, "attacks": _attack, "metrics": _metric, "judges": _j
 
 
 def _yaml(fields: dict[str, Any]) -> str:
-    return str(yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)).rstrip()
+    return str(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=120)).rstrip()
 
 
 def overview(kind: str) -> str:
@@ -337,7 +337,7 @@ def reference() -> str:
     parts = ["# Targets, tasks, exports"]
     for name in registry.names("targets"):
         known = about("targets", name)
-        groups = [(f"`{g}`", f"`{pattern}`") for g, pattern in known["groups"].items()]
+        groups = [(f"`{g}`", code(pattern)) for g, pattern in known["groups"].items()]
         parts += [f"## Target `{name}`", prose(_join(known["about"])), grid(("group of weights", "regular expression"), groups)]
     parts.append("Add `:layers=0-3` to `text_encoder` for some of its layers. A regular expression over `component.parameter` is a group too.")
     parts += ["## Tasks", "`unlearn list tasks` prints this list, `unlearn show canvas/neon` one task."]
@@ -355,10 +355,21 @@ def python() -> str:
     parts = ["# Python functions", "The command line calls these; verbs and functions have the same names and arguments."]
     for name in PUBLIC:
         function = getattr(unlearners, name)
-        signature = str(inspect.signature(function)).replace("'", "")
-        lines = signature if len(signature) < 80 else re.sub(r", (?=[a-z*][\w*]*(?::|,|$))", ",\n    ", signature).replace("(", "(\n    ", 1)
-        parts += [f"## {name}", fence("text", f"{name}{lines}"), *(prose(p) for p in _join(inspect.getdoc(function) or "").split("\n\n"))]
+        parts += [f"## {name}", fence("text", signature(name, function)), *(prose(p) for p in _join(inspect.getdoc(function) or "").split("\n\n"))]
     return "\n\n".join(parts) + "\n"
+
+
+def signature(name: str, function: Any) -> str:
+    """How a function is called, one parameter a line when there are many."""
+    said, starred = [], False
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            said, starred = [*said, "*"], True
+        default = "" if p.default is p.empty else f" = {json.dumps(p.default) if isinstance(p.default, str) else p.default}"
+        said.append(f"{'**' if p.kind is p.VAR_KEYWORD else ''}{p.name}: {p.annotation}{default}")
+    back = inspect.signature(function).return_annotation
+    line = f"{name}({', '.join(said)}) -> {back}"
+    return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(said) + f",\n) -> {back}"
 
 
 if __name__ == "__main__":  # look at one: python docs/_build/pages.py methods/esd.md

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, registry, run, tasks
-from .errors import UnlearnError, UsageError
+from .errors import UnlearnError
 
 COLUMNS = ("target", "task", "method", "seed", "metric", "value", "n", "low", "high", "device", "preset")
 
@@ -84,23 +84,25 @@ def bench(
     """
     path = Path(grid)
     spec: Grid = config.build(Grid, {"name": path.stem, **config.load_yaml(path)}, where=str(path))
-    for task in spec.tasks:
+    for task in {*spec.tasks, *(t for c in (*spec.methods, *spec.attacks) for t in c.tasks)}:
         tasks.load(task)
+    todo = cells(spec)
+    for _, _, cell, fields, _ in todo:
+        _made("methods", cell, fields)
+    for cell in spec.attacks:
+        _made("attacks", cell, cell.fields)
     folder = Path(results) if results else path.parent / "results" / spec.name
     folder.mkdir(parents=True, exist_ok=True)
     store = Path(runs) if runs else Path("runs") / spec.name
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
-    todo = cells(spec)
     for done, (task, label, cell, fields, seed) in enumerate(todo):
         if progress:
             progress("cells", done, len(todo), {})
         try:
             rows += _cell(spec, store, task, label, cell, fields, seed, progress)
-        except UnlearnError as error:
-            if isinstance(error, UsageError):
-                raise
-            errors.append(f"{label} on {task}: {error}")
+        except (UnlearnError, RuntimeError) as error:  # RuntimeError: out of memory
+            errors.append(f"{label} on {task}, seed {seed}: {(str(error).splitlines() or [type(error).__name__])[0]}")
         _write(folder / "results.csv", rows)
     if path.resolve() != (folder / path.name).resolve():
         shutil.copy(path, folder / path.name)
@@ -111,13 +113,11 @@ def bench(
 def _cell(
     spec: Grid, store: Path, task: str, label: str, cell: Cell, fields: Mapping[str, Any], seed: int, progress: run.Progress | None
 ) -> list[dict[str, Any]]:
-    named = {"preset": cell.preset} if cell.preset else {}
-    method = registry.make("methods", cell.name, **named, **fields)
+    method = _made("methods", cell, fields)
     folder = run.erase(method, spec.target, task, runs=store, seed=seed, device=spec.device, progress=progress)
     for a in spec.attacks:
         if cell.attacked and (not a.tasks or task in a.tasks):
-            chosen = registry.make("attacks", a.name, **({"preset": a.preset} if a.preset else {}), **a.fields)
-            run.attack(chosen, folder, prompts=a.prompts, device=spec.device, progress=progress)
+            run.attack(_made("attacks", a, a.fields), folder, prompts=a.prompts, device=spec.device, progress=progress)
     seeds = tasks.load(task).seeds[: spec.image_seeds or None]
     run.evaluate(folder, metrics=spec.metrics or None, seeds=seeds, device=spec.device, progress=progress)
     env = json.loads((folder / "run.json").read_text())["env"]
@@ -131,17 +131,19 @@ def _cell(
     return out
 
 
+def _made(kind: str, cell: Cell, fields: Mapping[str, Any]) -> Any:
+    return registry.make(kind, cell.name, **({"preset": cell.preset} if cell.preset else {}), **fields)
+
+
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     """The table, each row once (the original's are the same for every method), numbers with six digits."""
     unique = {tuple(r[c] for c in COLUMNS[:5]): r for r in rows}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as f:
+    with run.replacing(path) as draft, draft.open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows(
             [["" if r[c] is None else f"{r[c]:.6g}" if isinstance(r[c], float) else r[c] for c in COLUMNS] for r in unique.values()]
         )
-    temporary.replace(path)
 
 
 def _missed(check: Check, rows: list[dict[str, Any]]) -> str:

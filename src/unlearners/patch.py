@@ -106,6 +106,7 @@ def save(patch: Patch, path: str | Path) -> None:
             save_file({k: t.detach().cpu().contiguous() for k, t in sorted(patch.tensors.items())}, draft, {METADATA: record})
             with draft.open("rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(draft, 0o666 & ~_umask())  # safetensors makes it readable by its owner only
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
@@ -227,6 +228,11 @@ def read_foreign(path: str | Path, modules: Modules) -> dict[str, Tensor]:
     if lost:
         raise RefusedError(f"{path} holds '{lost[0]}' and {len(lost) - 1} more that this model lacks; load the base it was made from")
     return found
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o022))  # it can only be read by setting it
+    return mask
 
 
 def _keys(patches: Sequence[Patch]) -> dict[str, None]:

@@ -536,7 +536,7 @@ def csv_rows(record: Record) -> Iterator[Plain]:
     common = {"target": run["target"], "task": record.task["name"], "method": record.method["name"], "seed": run["seed"]}
     machine = record.run.get("env") or {}
     device = f"{machine.get('device') or ''} {machine.get('hardware') or ''}".strip()
-    env = {"device": device, "preset": run.get("preset") or ""}
+    env = {"device": device, "preset": record.run.get("preset") or ""}
     for row in record.results:
         if row.get("before"):
             yield common | {"method": "original", "metric": row["metric"]} | numbers(row["before"]) | env | {"preset": ""}

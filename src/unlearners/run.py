@@ -22,8 +22,8 @@ from torch import Tensor
 
 from . import __version__, config, patch, registry, tasks
 from .base import Attack, Item, Judge, Meter, Method, Metric, Request, Row, Run, Score, Stateful, Target, Task, Verdict, kebab
-from .errors import RefusedError, UnlearnError, UsageError
-from .targets import load
+from .errors import NonFiniteError, RefusedError, UnlearnError, UsageError
+from .targets import absolute, load, read_run, root
 
 SCHEMA = 1
 CHECKPOINT_SECONDS = 60.0
@@ -31,28 +31,33 @@ Progress = Callable[[str, int, int, Row], None]
 
 
 # --- files --------------------------------------------------------------------------------------------------------
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A draft to write, which then replaces ``path``: a reader sees the old file or the new one, also after a full disk or a kill."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        raise UnlearnError(f"{path} could not be written ({_sentence(error)}) and is as before; free some space and try again") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write atomically: a reader sees the old file or the new one, also when the disk is full or the process is killed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UnlearnError(
-            f"{path} could not be written ({error.strerror}); the old file is kept: free some space and run the same command again"
-        ) from error
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True))
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """The run record of a folder; ``UsageError`` when it is none."""
-    path = Path(folder) / "run.json"
-    if not path.is_file():
-        raise UsageError(f"{folder} is no run folder (it has no run.json); give a folder that 'unlearn erase' wrote")
-    try:
-        return json.loads(path.read_text())  # type: ignore[no-any-return]
-    except json.JSONDecodeError as error:
-        raise RefusedError(f"{path} is damaged ({error}); run the erasure again") from error
+def _sentence(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def environment(device: str) -> dict[str, str]:
@@ -86,14 +91,21 @@ class FolderSession:
     def __init__(self, folder: Path, progress: Progress | None) -> None:
         self.folder, self.progress = folder, progress
         self.path, self.log = folder / "checkpoint.pt", folder / "log.jsonl"
-        self.lines, self.saved, self.done, self.row = 0, time.monotonic(), 0, Row()
+        self.lines, self.saved, self.row = 0, time.monotonic(), Row()
         self.good: dict[str, Tensor] = {}
+        for left in folder.glob(".*.tmp"):  # drafts of a killed process
+            left.unlink()
+        if not self.path.exists():
+            write_text(self.log, "")
 
     def restore(self, target: Target, states: Sequence[Stateful]) -> int:
         trained = {n: p for n, p in target.named().items() if p.requires_grad}
         start = 0
         if self.path.exists():
-            state = torch.load(self.path, map_location=target.device, weights_only=True)
+            try:
+                state = torch.load(self.path, map_location=target.device, weights_only=True)
+            except Exception as error:  # a damaged pickle can raise anything
+                raise RefusedError(f"{self.path} is damaged; delete it to start again") from error
             if set(state["weights"]) != set(trained):
                 raise RefusedError(f"{self.path} is a checkpoint of other weights; delete it to start again")
             for name, p in trained.items():
@@ -103,31 +115,34 @@ class FolderSession:
             torch.set_rng_state(state["rng"].cpu())
             if target.device.type == "cuda":
                 torch.cuda.set_rng_state(state["cuda_rng"].cpu(), target.device)
-            start = int(state["step"])
-        kept = self.log.read_text().splitlines()[:start] if self.log.exists() else []
-        self.log.write_text("".join(f"{line}\n" for line in kept))
-        self.lines = len(kept)
+            start, self.lines = int(state["step"]), int(state["lines"])
+            kept = self.log.read_text().splitlines()[: self.lines]
+            write_text(self.log, "".join(f"{line}\n" for line in kept))
         self.good = {n: p.detach().clone() for n, p in trained.items()}
         return start
 
     def tick(self, target: Target, states: Sequence[Stateful], done: int, total: int) -> None:
-        self.done = done
         if self.progress:
             self.progress("erasing", done, total, self.row)
-        if time.monotonic() - self.saved < CHECKPOINT_SECONDS or done == total:
+        if time.monotonic() - self.saved < CHECKPOINT_SECONDS and done < total:
             return
         named = target.named()
+        if bad := [n for n in self.good if not torch.isfinite(named[n]).all()]:
+            self.undo(target)
+            raise NonFiniteError(f"'{bad[0]}' is no longer finite and training stopped; the last good state is kept: try a lower lr")
+        if done == total:
+            return
         self.good = {n: named[n].detach().clone() for n in self.good}
         state = {
             "step": done,
+            "lines": self.lines,
             "weights": self.good,
             "states": [s.state_dict() for s in states],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(target.device) if target.device.type == "cuda" else None,
         }
-        temporary = self.path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.path)
+        with replacing(self.path) as draft:
+            torch.save(state, draft)
         self.saved = time.monotonic()
 
     def undo(self, target: Target) -> None:
@@ -137,8 +152,11 @@ class FolderSession:
 
     def write(self, row: Row) -> None:
         self.lines, self.row = self.lines + 1, row
-        with self.log.open("a") as f:
-            f.write(json.dumps({"step": self.lines, **row}) + "\n")
+        try:
+            with self.log.open("a") as f:
+                f.write(json.dumps({"step": self.lines, **row}) + "\n")
+        except OSError as error:
+            raise UnlearnError(f"{self.log} could not be written ({_sentence(error)}); free some space and run the same command") from error
 
 
 # --- erase --------------------------------------------------------------------------------------------------------
@@ -165,7 +183,7 @@ def erase(
     """
     method = registry.make("methods", method, **fields) if isinstance(method, str) else method
     task = tasks.load(task) if isinstance(task, str) else task
-    where = str(Path(target).resolve()) if Path(target).exists() else target
+    where = absolute(target)
     run = Run(target=where, task=task, method=method, seed=seed, dtype=dtype, patches=tuple(str(Path(p).resolve()) for p in patches))
     folder = Path(out) if out else Path(runs) / run.folder
     if (folder / "run.json").exists():
@@ -182,6 +200,8 @@ def erase(
         "status": "running",
         "hash": run.hash,
         "run": run.plain,
+        "preset": _preset(method),
+        "force": force,
         "family": "",
         "base": None,
         "error": None,
@@ -189,10 +209,13 @@ def erase(
     record |= {"env": environment(device), "weights": None, "time": None}
     write_json(folder / "run.json", record)
     try:
-        model = load(where, patches=run.patches, device=device, dtype=dtype, force=force)
-        record |= {"family": kebab(model), "base": model.base}
+        base, stack, family, forced = root(where)
+        model = load(base, device=device, dtype=dtype, family=family)
+        bare = patch.fingerprint(model.modules)
+        model.patch([*stack, *run.patches], force=force or forced)
+        start = patch.fingerprint(model.modules) if stack or run.patches else bare
+        record |= {"family": kebab(model), "base": model.base, "start": config.content_hash(start)}
         write_json(folder / "run.json", record)
-        before = patch.fingerprint(model.modules)
         model.session = session = FolderSession(folder, progress)
         spent = float(json.loads((folder / "spent.json").read_text())) if (folder / "spent.json").exists() else 0.0
         meter = Meter(model.device)
@@ -201,8 +224,7 @@ def erase(
                 method(model, task, seed=seed, log=session.write)
         finally:
             write_json(folder / "spent.json", spent + meter.seconds)
-            if session.good or meter.seconds:
-                record["weights"] = _save_weights(folder, run, model, before)
+            record["weights"] = _save_weights(folder, run, model, bare, start)
         record |= {"status": "done", "time": {"seconds": spent + meter.seconds, "peak_memory": meter.peak}}
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
@@ -219,25 +241,26 @@ def erase(
     return folder
 
 
-def _sentence(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _save_weights(folder: Path, run: Run, model: Target, before: Mapping[str, str]) -> dict[str, Any]:
-    changed = patch.diff(before, model.modules)
-    allowed = set(model.select(run.method.params))
-    touched = {name.partition(".")[0] for name in changed}
-    base = {c: h for c, h in model.base["sha256"].items() if c in touched}
+def _save_weights(folder: Path, run: Run, model: Target, base: Mapping[str, str], start: Mapping[str, str]) -> dict[str, Any]:
+    """Save all that differs from ``base``, the model without patches, so that the file stands alone; say what changed since ``start``."""
+    tensors, now = patch.diff(base, model.modules), patch.fingerprint(model.modules)
+    allowed = {patch.hub_key(n) for n in model.select(run.method.params)}
+    changed = sorted(n for n in now if now[n] != start[n])
+    touched = {name.partition(".")[0] for name in tensors}
     meta = {"run": run.hash, "method": kebab(run.method), "concepts": json.dumps(run.task.concepts), "unlearners": __version__}
     path = folder / "weights.safetensors"
-    patch.save(patch.Patch(tensors=changed, kind="value", base=base, meta=meta), path)
+    if tensors:
+        hashes = {c: h for c, h in model.base["sha256"].items() if c in touched}
+        patch.save(patch.Patch(tensors=tensors, kind="value", base=hashes, meta=meta), path)
+    else:
+        path.unlink(missing_ok=True)
     return {
         "file": path.name,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "bytes": path.stat().st_size,
-        "tensors": len(changed),
-        "changed": sorted(changed),
-        "outside": len([n for n in changed if n not in allowed and n not in {patch.hub_key(a) for a in allowed}]),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if tensors else "",
+        "bytes": path.stat().st_size if tensors else 0,
+        "tensors": len(tensors),
+        "changed": changed,
+        "outside": len([n for n in changed if n not in allowed]),
     }
 
 
@@ -250,7 +273,7 @@ def _of(folder: Path) -> tuple[dict[str, Any], Task]:
 
 def _original(record: Mapping[str, Any], device: str) -> Target:
     run = record["run"]
-    return load(run["target"], patches=run["patches"], device=device, dtype=run["dtype"], family=record["family"])
+    return load(run["target"], patches=run["patches"], device=device, dtype=run["dtype"], family=record["family"], force=record["force"])
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -282,9 +305,10 @@ class Gallery:
             part = missing[i : i + batch]
             images = model.sample([r.prompt for r in part], [r.seed for r in part], batch=batch, **self.sampler)
             for request, image in zip(part, images, strict=True):
-                name = hashlib.sha256(_key(request.prompt, request.seed).encode()).hexdigest()[:16]
-                row = {"prompt": request.prompt, "seed": request.seed, "file": f"samples/{name}.png", "sampler": self.sampler}
-                save_picture(image, self.folder / row["file"])
+                name = config.content_hash([request.prompt, request.seed, self.sampler])[:16]  # so no picture is another sampler's
+                file = f"samples/{name}.png"
+                save_picture(image, self.folder / file)
+                row = {"prompt": request.prompt, "seed": request.seed, "file": file, "sampler": self.sampler}
                 self.rows[_key(request.prompt, request.seed)] = row
             self.save()
             done += len(part)
@@ -292,9 +316,7 @@ class Gallery:
                 progress(what, done, len(missing), {})
 
     def save(self) -> None:
-        temporary = self.manifest.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows.values()))
-        temporary.replace(self.manifest)
+        write_text(self.manifest, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows.values()))
 
     def picture(self, request: Request) -> Tensor:
         return read_picture(self.folder / self.rows[_key(request.prompt, request.seed)]["file"])
@@ -347,8 +369,7 @@ def _sampler(target_defaults: Mapping[str, Any], steps: int | None, guidance: fl
 
 def _original_folder(folder: Path, record: Mapping[str, Any]) -> Path:
     """Pictures of the untouched model are shared by all runs on it: beside them, named by what it was loaded from."""
-    run = record["run"]
-    key = config.content_hash({"base": record["base"]["sha256"], "patches": run["patches"], "dtype": run["dtype"]})
+    key = config.content_hash({"name": record["base"]["name"], "weights": record["start"], "dtype": record["run"]["dtype"]})
     return folder.resolve().parent / f"original-{key[:8]}"
 
 
@@ -426,7 +447,7 @@ def attack(
 def _preset(part: Any) -> str:
     """The name of the preset whose settings ``part`` has, or ""."""
     for name, fields in part.presets.items():
-        if part == replace(type(part)(), **fields):
+        if part == config.build(type(part), dict(fields)):
             return str(name)
     return ""
 

@@ -24,7 +24,7 @@ class Export(ABC):
 def export(format: str | Export, folder: str | Path, out: str | Path = "", **fields: Any) -> Path:
     """Export a finished run folder; ``out`` defaults to ``<folder>/export/<format>``. Raises ``UsageError`` for an unfinished run."""
     from .. import registry
-    from ..run import read_run
+    from ..targets import read_run
 
     chosen = registry.make("exports", format, **fields) if isinstance(format, str) else format
     if (status := read_run(folder)["status"]) != "done":

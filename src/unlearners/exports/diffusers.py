@@ -22,7 +22,7 @@ class Diffusers(Export):
     """precision of the weights on disk"""
 
     def run(self, folder: Path, out: Path) -> Path:
-        target: Any = load(str(folder))
+        target: Any = load(str(folder))  # at the run's own precision, or the patch would not fit its base
         target.pipe.to(dtype=DTYPES[self.dtype])
         target.pipe.save_pretrained(out, safe_serialization=True)
         for component in ("text_encoder", "text_encoder_2"):

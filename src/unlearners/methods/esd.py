@@ -89,7 +89,11 @@ class ESD(Method):
         pool, width = TrajectoryPool(), max(1, target.train_steps // self.sampler_steps)
 
         for _ in target.steps(self.steps, opt, pool):
-            x_t, t, k = self.states(target if self.x_from == "current" else old, pool, shown, null)  # (B, 4, h, w), (B,), (B,)
+            model, seen = target if self.x_from == "current" else old, shown
+            if text_trains and model is target:
+                with torch.no_grad():
+                    seen = target.encode(said)  # what the model in training makes of the prompts
+            x_t, t, k = self.states(model, pool, seen, null)  # (B, 4, h, w), (B,), (B,)
             if self.time == "bucket":
                 t = (t + torch.randint(width, t.shape).to(t.device)).clamp(max=target.train_steps - 1)
             with torch.no_grad():
@@ -110,7 +114,8 @@ class ESD(Method):
         scheduler = DDIMScheduler.from_config(sampler.scheduler.config) if self.sampler == "ddim" else sampler.scheduler
         many = self.pool or self.batch
         if not self.pool or len(pool.t) == 0 or pool.age >= self.refresh:
-            k = torch.arange(many) % len(shown) if self.pool else torch.randint(len(shown), (many,))
+            # a pool holds all prompts alike, or some of them until it is sampled anew
+            k = torch.randperm(max(many, len(shown)))[:many] % len(shown) if self.pool else torch.randint(len(shown), (many,))
             how = {"scheduler": scheduler, "guidance": self.guidance, "steps": self.sampler_steps}
             if self.pool:
                 pool.fill(sampler, shown[k], null.repeat(many), k, **how)

@@ -84,6 +84,8 @@ class UCE(Method):
         c, g = self.vectors(target, pairs)  # (n, d), (n, d)
         p = self.kept(target, keep)  # (m, d)
         d = c.shape[1]
+        if other := [n for n, m in w.items() if m.shape[1] != d]:
+            raise UsageError(f"'{other[0]}' does not read text states of width {d}; use params xattn-kv")
         alpha, beta = self.erase_scale, self.preserve_scale or max(0.1, 1 / len(keep))
         eye = torch.eye(d, dtype=torch.float64, device=c.device)
         A = alpha * g.T @ c + beta * p.T @ p + self.lamb * eye  # (d, d)
@@ -94,8 +96,6 @@ class UCE(Method):
         moved, size, left, gap, drift, kept = (0.0,) * 6
         for _ in target.steps(1):
             for matrix in w.values():
-                if matrix.shape[1] != d:
-                    raise UsageError(f"a matrix of width {matrix.shape[1]} does not read text states of width {d}; use params xattn-kv")
                 W_old = matrix.double()
                 W = W_old + self.strength * (W_old @ M - W_old)
                 moved, size = moved + (W - W_old).square().sum().item(), size + W_old.square().sum().item()

@@ -5,35 +5,70 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import registry
 from ..base import Target
-from ..errors import UsageError
+from ..errors import RefusedError, UsageError
+from .stable_diffusion import ALIASES, split
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def load(
-    spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: str = "float32", family: str = "", force: bool = False
-) -> Target:
+def load(spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: str = "", family: str = "", force: bool = False) -> Target:
     """Load ``spec``: an alias (``canvas``, ``tiny``), a hub id, a local diffusers folder, a single file, or a run folder.
 
-    A run folder loads what it was made from, then its patch. ``family`` is a registered target class; when empty the run
-    folder says it, else ``stable_diffusion``. ``force`` applies patches made for another base of the same shape.
+    A run folder loads the model at its root, then its patch. ``dtype`` and ``family`` (a registered target class) are the run
+    folder's when empty, else ``float32`` and ``stable_diffusion``. ``force`` applies patches made for another base of the same shape.
     """
+    run = read_run(spec)["run"] if is_run(spec) else {}
+    dtype = dtype or run.get("dtype", "float32")
     if dtype not in DTYPES:
         raise UsageError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
-    record = Path(spec) / "run.json"
-    if record.is_file():
-        run = json.loads(record.read_text())
-        own = Path(spec) / "weights.safetensors"
-        stack = [*run["run"]["patches"], *([str(own)] if own.exists() else []), *patches]
-        return load(run["run"]["target"], patches=stack, device=device, dtype=dtype, family=run["family"], force=force)
+    base, stack, family, forced = root(spec, family)
     kind: type[Target] = registry.get("targets", family or "stable_diffusion")
-    if spec == "tiny":
-        target = kind.tiny()
-        target.patch(patches, force=force)
-        return target
-    return kind.load(spec, patches=patches, device=device, dtype=DTYPES[dtype], force=force)
+    return kind.load(base, patches=[*stack, *patches], device=device, dtype=DTYPES[dtype], force=force or forced)
+
+
+def is_run(spec: str | Path) -> bool:
+    """Whether ``spec`` is a run folder."""
+    return (Path(spec) / "run.json").is_file()
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """The run record of a folder; ``UsageError`` when it is none, ``RefusedError`` when it is damaged."""
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise UsageError(f"{folder} is no run folder (it has no run.json); give a folder that 'unlearn erase' wrote")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        sound = {"status", "hash", "run", "family"} <= record.keys()
+    except (ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise RefusedError(f"{path} is damaged; run the erasure again in another folder")
+    return record  # type: ignore[no-any-return]
+
+
+def root(spec: str, family: str = "") -> tuple[str, list[str], str, bool]:
+    """What lies below a run folder: the model, the patches on it, its family, and whether they were forced onto it.
+
+    A run's own patch holds all that changed since that model, so one patch is enough however many runs lie between.
+    """
+    if not is_run(spec):
+        return spec, [], family, False
+    record = read_run(spec)
+    base, below, family, forced = root(record["run"]["target"], family or record["family"])
+    own = Path(spec) / "weights.safetensors"
+    if own.is_file():
+        return base, [str(own)], family, False
+    return base, [*below, *record["run"]["patches"]], family, forced or record["force"]
+
+
+def absolute(spec: str) -> str:
+    """``spec`` with local paths made absolute; aliases and hub ids as they are, also where a folder has the same name."""
+    if spec in ("tiny", *ALIASES):
+        return spec
+    return "@".join(str(Path(p).resolve()) if p and Path(p).exists() else p for p in split(spec)).removesuffix("@")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -28,6 +31,8 @@ ALIASES = {
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt")
+SINGLE_KINDS = ("v1", "v2", "xl_base")
 
 
 class StableDiffusion(TextToImage):
@@ -69,8 +74,12 @@ class StableDiffusion(TextToImage):
     def load(
         cls, spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: torch.dtype = torch.float32, force: bool = False
     ) -> Self:
-        """See ``Target.load``. A single file may name where its configuration comes from: ``model.safetensors@folder-or-hub-id``."""
-        target = cls(_pipeline(ALIASES.get(spec, spec), dtype).to(device), spec)
+        """See ``Target.load``. A single file may name where its configuration comes from: ``model.safetensors@folder-or-hub-id``.
+
+        The alias ``tiny`` is random weights, for trying things out.
+        """
+        pipe = _tiny(0) if spec == "tiny" else _pipeline(ALIASES.get(spec, spec), dtype)
+        target = cls(pipe.to(device) if pipe.dtype == dtype else pipe.to(device, dtype), spec)
         target.patch(patches, force=force)
         return target
 
@@ -83,9 +92,7 @@ class StableDiffusion(TextToImage):
     @classmethod
     def tiny(cls, seed: int = 0, *, xl: bool = False, prediction: str = "epsilon") -> Self:
         """Random weights of the real classes, byte-level tokenizer, 16×16 pictures; ``xl`` gives an SDXL layout."""
-        with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
-            return cls(_tiny_pipeline(xl, prediction), "tiny")
+        return cls(_tiny(seed, xl, prediction), "tiny")
 
     # --- training -------------------------------------------------------------------------------------------------
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
@@ -107,14 +114,19 @@ class StableDiffusion(TextToImage):
 
     def _ids(self, tower: int, prompts: Sequence[str]) -> Tensor:
         tokenizer = self.tokenizers[tower]
-        padded = tokenizer(list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
-        return padded["input_ids"].to(self.device)
+        encoder: Any = self.modules["text_encoder_2" if tower else "text_encoder"]
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)  # the first is astronomic where no file says it
+        padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: Tensor = padded["input_ids"]
+        return ids.to(self.device)
 
     def decode(self, ids: Tensor) -> str:
         return str(self.tokenizers[0].decode(ids, skip_special_tokens=True)).strip()
 
     def embed(self) -> Tensor:
-        return self.modules["text_encoder"].get_input_embeddings().weight[: self.vocabulary]  # type: ignore[operator, no-any-return, union-attr]
+        encoder: Any = self.modules["text_encoder"]
+        table: Tensor = encoder.get_input_embeddings().weight
+        return table[: self.vocabulary]
 
     def encode(self, prompts: Sequence[str] | Tensor, soft: Soft | None = None) -> Cond:
         ids = prompts if isinstance(prompts, Tensor) else self.tokens(prompts)
@@ -155,19 +167,23 @@ class StableDiffusion(TextToImage):
     # --- denoising ------------------------------------------------------------------------------------------------
     def eps(self, x_t: Tensor, t: Any, cond: Cond) -> Tensor:
         extra = {"text_embeds": cond.pooled, "time_ids": cond.time_ids} if self.xl else None
-        return self.modules["unet"](x_t, t, cond.states, added_cond_kwargs=extra, return_dict=False)[0]  # type: ignore[no-any-return]
+        out: Tensor = self.modules["unet"](x_t, t, cond.states, added_cond_kwargs=extra, return_dict=False)[0]
+        return out
 
     def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         v = self.scheduler.config.prediction_type == "v_prediction"
-        return self.scheduler.get_velocity(x_0, noise, t) if v else noise  # type: ignore[no-any-return]
+        wanted: Tensor = self.scheduler.get_velocity(x_0, noise, t) if v else noise
+        return wanted
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return self.scheduler.add_noise(x_0, noise, t)  # type: ignore[no-any-return]
+        x_t: Tensor = self.scheduler.add_noise(x_0, noise, t)
+        return x_t
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         x = (2 * images - 1).to(self.device, self.vae.dtype)
-        return (self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor).to(self.modules["unet"].dtype)  # type: ignore[no-any-return, arg-type]
+        z: Tensor = self.vae.encode(x).latent_dist.mean * self.vae.config.scaling_factor
+        return z.to(self.pipe.unet.dtype)
 
     @torch.no_grad()
     def sample(
@@ -219,68 +235,122 @@ class StableDiffusion(TextToImage):
         return f"{words} (with embeddings)" if adversarial.embedding is not None else words
 
 
+def split(spec: str) -> tuple[str, str]:
+    """A spec without, and then only, what follows its last "@": where a single file's configuration is. "" when there is none."""
+    path, at, config = spec.rpartition("@")
+    return (path, config) if at and not Path(spec).exists() else (spec, "")
+
+
 def _pipeline(spec: str, dtype: torch.dtype) -> Any:
     """The diffusers pipeline at ``spec``, without a safety checker (evaluation must see what the weights draw)."""
     import diffusers
 
-    path, _, config = spec.partition("@")
-    if Path(path).suffix in (".safetensors", ".ckpt", ".pt"):
+    path, config = split(spec)
+    if Path(path).suffix in SINGLE_FILES:
         return _single_file(Path(path), config, dtype)
-    index = Path(spec) / "model_index.json"
-    if Path(spec).is_dir() and not index.exists():
-        raise UsageError(
-            f"{spec} holds neither model_index.json nor run.json; give a diffusers folder, a run folder, a single file or a hub id"
-        )
-    name = json.loads(index.read_text())["_class_name"] if index.exists() else ""
-    if name and name not in PIPELINES:
-        raise UsageError(f"{spec} is a {name}; this target takes {' or '.join(PIPELINES)}")
-    options: dict[str, Any] = {} if name == "StableDiffusionXLPipeline" else {"safety_checker": None, "requires_safety_checker": False}
+    folder = Path(spec)
+    if folder.is_file():
+        raise UsageError(f"{spec} is no model file; give a file that ends in {' or '.join(SINGLE_FILES)}, a folder or a hub id")
+    if not folder.exists() and spec.startswith(("/", "./", "../", "~")):
+        raise UsageError(f"no such folder or file: {spec}; check the path")
+    name = _checked(folder) if folder.is_dir() else ""
+    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if name == PIPELINES[0] else {}
     loader = getattr(diffusers, name) if name else diffusers.DiffusionPipeline
     try:
-        pipe = loader.from_pretrained(spec, torch_dtype=dtype, use_safetensors=True, **(options if name else {}))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if index.exists():
-            raise RefusedError(
-                f"the pipeline in {spec} cannot be read ({first}); check that its folders hold whole safetensors files"
-            ) from error
-        raise UsageError(
-            f"'{spec}' is no local folder or file and could not be fetched from the hub ({first}); check the name or the network"
-        ) from error
+        pipe = loader.from_pretrained(spec, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:  # what is wrong with a file can surface as anything
+        if name:
+            raise RefusedError(f"the pipeline in {spec} cannot be read ({_first(error)}); copy or download it again") from error
+        unknown = f"'{spec}' is no local folder or file and could not be fetched from the hub"
+        raise UsageError(f"{unknown} ({_first(error)}); check the name or the network") from error
     if type(pipe).__name__ not in PIPELINES:
         raise UsageError(f"{spec} is a {type(pipe).__name__}; this target takes {' or '.join(PIPELINES)}")
-    if not name and type(pipe).__name__ == "StableDiffusionPipeline":
+    if name:
+        _no_weight_missing(folder, pipe)
+    elif type(pipe).__name__ == PIPELINES[0]:
         pipe.safety_checker = None
     return pipe
+
+
+def _first(error: BaseException) -> str:
+    """The first sentence of an error, at most 200 characters."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(". ")[0].rstrip(".")[:200]
+
+
+def _checked(folder: Path) -> str:
+    """The pipeline class a diffusers folder names, once its parts are there and its weight files are whole."""
+    index = folder / "model_index.json"
+    if not index.exists():
+        raise UsageError(f"{folder} holds neither model_index.json nor run.json; give a diffusers folder, a run folder, a file or a hub id")
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        name = parts["_class_name"]
+    except (ValueError, KeyError, TypeError):
+        raise RefusedError(f"{index} is damaged; copy or download it again") from None
+    if name not in PIPELINES:
+        raise UsageError(f"{folder} is a {name}; this target takes {' or '.join(PIPELINES)}")
+    needed = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", *(("tokenizer_2", "text_encoder_2") if name == PIPELINES[1] else ()))
+    if missing := [part for part in needed if not (folder / part).is_dir()]:
+        raise RefusedError(f"{folder} has no folder '{missing[0]}', which a {name} needs; copy or download it again")
+    for part in needed:
+        _held(folder / part)
+    return str(name)
+
+
+def _held(folder: Path) -> set[str]:
+    """The tensor names in a folder's safetensors files; ``RefusedError`` for one that is not whole."""
+    held: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                held.update(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise RefusedError(f"{path} is corrupt or truncated ({_first(error)}); copy or download it again") from error
+    return held
+
+
+def _no_weight_missing(folder: Path, pipe: Any) -> None:
+    """Refuse files that lack a weight. Only a warning says so: diffusers leaves it on the meta device, transformers makes it random."""
+    for part in ("unet", "vae", "text_encoder", *(("text_encoder_2",) if type(pipe).__name__ == PIPELINES[1] else ())):
+        tensors = patch.live({part: getattr(pipe, part)})
+        held = {patch.hub_key(f"{part}.{k}") for k in _held(folder / part)} if part.startswith("text") else set(tensors)
+        if lost := [k for k, t in tensors.items() if t.is_meta or (k not in held and not k.endswith("position_ids"))]:
+            raise RefusedError(f"the weights in {folder / part} lack '{lost[0]}' and are not used; copy or download them again")
 
 
 def _single_file(path: Path, config: str, dtype: torch.dtype) -> Any:
     """A pipeline from one checkpoint in the original (ldm) layout; pickles are opened with ``weights_only=True`` alone."""
     import diffusers
     from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not path.is_file():
-        raise UsageError(f"no such file: {path}")
+        raise UsageError(f"no such file: {path}; check the path")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        kind = str(infer_diffusers_model_type(state.get("state_dict", state)))
+    except pickle.UnpicklingError as error:
+        raise RefusedError(f"{path} is damaged or would run code when opened, and was not; convert it to safetensors") from error
+    except Exception as error:  # a damaged file can raise anything
         raise RefusedError(f"{path} is corrupt or truncated and was not loaded; fetch it again") from error
-    except Exception as error:  # torch raises pickle.UnpicklingError for code in the file
-        raise RefusedError(f"{path} is a pickle that wants to run code and was not opened; convert it to safetensors first") from error
-    kind = infer_diffusers_model_type(state.get("state_dict", state))
-    loader: Any = diffusers.StableDiffusionXLPipeline if str(kind).startswith("xl") else diffusers.StableDiffusionPipeline
-    if config and (Path(config) / "model_index.json").exists():
-        loader = getattr(diffusers, json.loads((Path(config) / "model_index.json").read_text())["_class_name"])
-    options = {} if loader is diffusers.StableDiffusionXLPipeline else {"safety_checker": None}
+    del state
+    if kind not in SINGLE_KINDS:
+        raise UsageError(f"{path} is a checkpoint of kind '{kind}'; this target takes {', '.join(SINGLE_KINDS)}")
+    named = _checked(Path(config)) if Path(config, "model_index.json").is_file() else PIPELINES[kind == "xl_base"]
+    options = {"config": config} if config else {}
     try:
-        return loader.from_single_file(str(path), torch_dtype=dtype, **({"config": config} if config else {}), **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RefusedError(
-            f"{path} could not be read as a Stable Diffusion checkpoint ({first}); name a folder or hub id with its configuration: {path}@FOLDER"
-        ) from error
+        return getattr(diffusers, named).from_single_file(
+            str(path), dtype=dtype, **options, **({} if named == PIPELINES[1] else {"safety_checker": None})
+        )
+    except Exception as error:  # as above
+        unread = f"{path} could not be read as a Stable Diffusion checkpoint ({_first(error)})"
+        raise RefusedError(f"{unread}; name a folder or hub id that holds its configuration: {path}@FOLDER") from error
+
+
+def _tiny(seed: int, xl: bool = False, prediction: str = "epsilon") -> Any:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return _tiny_pipeline(xl, prediction)
 
 
 def _tiny_tokenizer(folder: Path) -> Any:
@@ -323,7 +393,7 @@ def _tiny_pipeline(xl: bool, prediction: str) -> Any:
         cross_attention_dim=32 if xl else 16,
         attention_head_dim=2,
         norm_num_groups=4,
-        **extra,  # type: ignore[arg-type]
+        **extra,
     )
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -346,4 +416,4 @@ def _tiny_pipeline(xl: bool, prediction: str) -> Any:
         return StableDiffusionXLPipeline(
             **parts, text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, add_watermarker=False
         )
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)  # type: ignore[arg-type]
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import config
+from .. import config, registry
 from ..base import Kind, Probe, Task
 from ..errors import UsageError, unknown
 
@@ -37,9 +37,8 @@ def load(name: str) -> Task:
     """A task by name (``canvas/neon``), or from a YAML file with the fields of ``Task``."""
     if name.endswith((".yaml", ".yml")) or Path(name).is_file():
         return config.build(Task, {"name": Path(name).stem, **config.load_yaml(name)}, where=name)
-    bundled = Path(__file__).parent / f"{name}.yaml"
-    if bundled.is_file():
-        return config.build(Task, {"name": name, **config.load_yaml(bundled)}, where=name)
+    if name in registry.names("tasks"):
+        return config.build(Task, {"name": name, **config.load_yaml(registry.path("tasks", name))}, where=name)
     family, _, concept = name.partition("/")
     if family == "canvas":
         from . import canvas
@@ -49,11 +48,10 @@ def load(name: str) -> Task:
 
 
 def names() -> list[str]:
-    """Every task that ships with the package; no model is loaded."""
+    """Every task that ships with the package or a plug-in; no model is loaded."""
     from . import canvas
 
-    files = sorted(p.relative_to(Path(__file__).parent).with_suffix("").as_posix() for p in Path(__file__).parent.rglob("*.yaml"))
-    return [*files, *(f"canvas/{c}" for c in canvas.names())]
+    return [*registry.names("tasks"), *(f"canvas/{c}" for c in canvas.names())]
 
 
 def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence[str] = (), preserve: Sequence[str] = ()) -> Task:
@@ -73,9 +71,9 @@ def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence
     for form in forms:
         for c in (*concepts, *keep):
             for o in others if "{o}" in form else ("",):
-                truth = {kind: c} | ({"object": o} if kind == "style" else {})
-                probes.append(Probe(prompt=form.format(c=c, o=o), truth=truth))
-    name = "-".join(concepts).lower()
+                beside = {"object": o} if kind == "style" else {}
+                probes.append(Probe(prompt=form.format(c=c, o=o), truth={kind: c, **beside}))
+    name = "-".join(concepts).lower()[:60]  # it names a folder
     return Task(
         name=name,
         kind=kind,

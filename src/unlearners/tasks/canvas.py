@@ -38,7 +38,7 @@ def task(concept: str) -> Task:
     common = {"name": f"canvas/{concept}", "concepts": (concept,), "judge": "canvas", "suite": SUITE, "forget": data}
     if concept in STYLES:
         others = tuple(s for s in STYLES if s != concept)
-        said = (f"{concept} style", f"an image in {concept} style", f"a {concept} picture")
+        said: tuple[str, ...] = (f"{concept} style", f"an image in {concept} style", f"a {concept} picture")
         return Task(kind="style", anchors=("photo",), preserve=others, prompts=said, synonyms=STYLES[concept], probes=probes(), **common)  # type: ignore[arg-type]
     if concept in OBJECTS:
         others = tuple(o for o in OBJECTS if o != concept)

@@ -127,8 +127,8 @@ def make_scheduler() -> Any:
 def load_part(work: Path, name: str) -> Any:
     """A trained part of the zoo from its training checkpoint in ``work``, averaged weights where there are."""
     make = {"vae": make_vae, "vae_crops": make_vae, "unet": make_unet, "judge": Judge}
-    part = make_clip(len(make_tokenizer(work / "tokenizer"))) if name == "clip" else make[name]()
-    file = {"vae": "vae_whole", "vae_crops": "vae"}.get(name, name)
+    part = make_clip(len(make_tokenizer(work / "tokenizer"))) if name.startswith("clip") else make[name]()
+    file = {"vae": "vae_whole", "vae_crops": "vae", "clip": "clip_vision", "clip_pairs": "clip"}.get(name, name)
     state = torch.load(work / f"{file}.pt", map_location="cpu", weights_only=True)
     part.load_state_dict(state["model"])
     if "ema" in state:

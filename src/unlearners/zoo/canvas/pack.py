@@ -44,7 +44,7 @@ def pack(work: Path, folder: Path = FOLDER) -> None:
         shutil.copy(work / "tokenizer" / name, folder / where / name)
     (folder / "judge").mkdir()
     save_file({k: v.half().contiguous() for k, v in judge.state_dict().items()}, folder / "judge" / "model.safetensors", {"format": "pt"})
-    for stage in ("judge", "vae", "vae_whole", "clip", "unet"):
+    for stage in ("judge", "vae", "vae_whole", "clip", "clip_vision", "unet"):
         shutil.copy(work / f"{stage}.log.jsonl", folder / "logs" / f"{stage}.jsonl")
 
 

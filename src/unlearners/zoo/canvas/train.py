@@ -47,7 +47,8 @@ RECIPES = {
     "vae": Recipe(steps=3500, batch=64, lr=2e-3, decay=0.0),
     "vae_whole": Recipe(steps=800, batch=64, lr=8e-4, decay=0.0),
     "clip": Recipe(steps=3000, batch=96, lr=1e-3, decay=0.05),
-    "unet": Recipe(steps=6000, batch=64, lr=8e-4, ema=0.998),
+    "clip_vision": Recipe(steps=1200, batch=96, lr=6e-4, decay=0.05),
+    "unet": Recipe(steps=4200, batch=64, lr=8e-4, ema=0.998),
 }
 
 
@@ -95,13 +96,15 @@ def fit(
     path, log = work / f"{name}.pt", work / f"{name}.log.jsonl"
     start = 0
     if path.exists():
-        state = torch.load(path, map_location=accelerator.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         start = state["step"]
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         if average:
             average.load_state_dict(state["ema"])
+        if log.exists() and accelerator.is_main_process:
+            log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines() if json.loads(line)["step"] <= start))
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -244,6 +247,23 @@ def train_clip(work: Path) -> None:
     """CLIP on (render, caption) pairs; pairs that mean the same share the target, so none is a false negative."""
     from .model import make_clip, make_tokenizer
 
+    fit("clip", make_clip(len(make_tokenizer(work / "tokenizer"))), clip_loss(work, shift=0), work, RECIPES["clip"])
+
+
+def train_clip_vision(work: Path) -> None:
+    """The picture side once more, on shifted pictures, with the text side as the pipeline has it."""
+    from .model import load_part
+
+    clip = load_part(work, "clip_pairs")
+    clip.text_model.requires_grad_(False)
+    clip.text_projection.requires_grad_(False)
+    fit("clip_vision", clip, clip_loss(work, shift=4), work, RECIPES["clip_vision"])
+
+
+def clip_loss(work: Path, shift: int) -> Loss:
+    """The symmetric contrastive loss with shared targets, on pictures moved by up to ``shift`` pixels."""
+    from .model import make_tokenizer
+
     images, items = pictures(work)
     tokenizer = make_tokenizer(work / "tokenizer")
     ids = {m: i for i, m in enumerate(dict.fromkeys(map(meaning, items)))}
@@ -252,13 +272,15 @@ def train_clip(work: Path) -> None:
     def loss(model: nn.Module, rng: random.Random, generator: torch.Generator, batch: int) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=generator)
         x = images[rows].float() / 127.5 - 1
+        if shift:
+            x = torch.roll(x, (rng.randint(-shift, shift), rng.randint(-shift, shift)), (2, 3))
         text = tokenizer([caption(rng, items[i]) for i in rows], padding="max_length", truncation=True, return_tensors="pt")
         out = model(input_ids=text["input_ids"], attention_mask=None, pixel_values=x)
         same = (keys[rows][:, None] == keys[rows][None]).float()
         share = same / same.sum(1, keepdim=True)
         return 0.5 * (F.cross_entropy(out.logits_per_image, share) + F.cross_entropy(out.logits_per_text, share))
 
-    fit("clip", make_clip(len(tokenizer)), loss, work, RECIPES["clip"])
+    return loss
 
 
 def train_unet(work: Path) -> None:
@@ -303,11 +325,12 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "vae": train_vae,
     "vae_whole": train_vae_whole,
     "clip": train_clip,
+    "clip_vision": train_clip_vision,
     "unet": train_unet,
 }
 
 
-def main(stage: Literal["tokenizer", "judge", "vae", "vae_whole", "clip", "unet"], work: Path, threads: int = 1) -> None:
+def main(stage: Literal["tokenizer", "judge", "vae", "vae_whole", "clip", "clip_vision", "unet"], work: Path, threads: int = 1) -> None:
     """Train one stage in ``work``; ``threads`` per process (with nets this small one beats two)."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
