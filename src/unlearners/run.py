@@ -466,13 +466,25 @@ def evaluate(
 ) -> Path:
     """Draw what the metrics ask for, once, from the original and the erased model; judge it; write ``results.json``. Returns its path.
 
-    ``metrics`` defaults to the task's suite and ``seeds`` to its seeds; pictures that are there are not drawn again.
+    ``metrics`` defaults to the task's suite and ``seeds`` to its seeds; pictures that are there are not drawn again, and nothing is
+    done when the results are those of the same request.
     """
     folder = Path(folder)
     record, task = _of(folder)
     if seeds:
         task = replace(task, seeds=tuple(seeds))
     suite = [registry.make("metrics", m) if isinstance(m, str) else m for m in (metrics or task.suite)]
+    asked = {
+        "metrics": [{"name": kebab(m), "version": m.version, **config.to_dict(m)} for m in suite],
+        "seeds": list(task.seeds),
+        "steps": steps,
+        "guidance": guidance,
+        "attacks": {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "attacks").glob("*.json"))},
+        "weights": (record["weights"] or {}).get("sha256"),
+    }
+    done = folder / "evaluate.json"
+    if done.exists() and (folder / "results.json").exists() and json.loads(done.read_text())["asked"] == asked:
+        return folder / "results.json"
     started = time.monotonic()
     erased = load(str(folder), device=device, dtype=record["run"]["dtype"])
     sampler = _sampler(erased.sampler, steps, guidance)  # type: ignore[attr-defined]
@@ -506,9 +518,11 @@ def evaluate(
             )
     for side in sides:
         side.annotate()
+    write_json(folder / "results.json", rows)
     write_json(
-        folder / "evaluate.json",
+        done,
         {
+            "asked": asked,
             "original": os.path.relpath(sides[0].gallery.folder, folder.resolve()),
             "sampler": sampler,
             "judge": task.judge,
@@ -516,7 +530,6 @@ def evaluate(
             "seconds": time.monotonic() - started,
         },
     )
-    write_json(folder / "results.json", rows)
     return folder / "results.json"
 
 

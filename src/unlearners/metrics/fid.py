@@ -51,7 +51,7 @@ class FID(Metric):
     """feature space; empty: canvas_judge on the canvas, else inception"""
     reference: str = ""
     """folder of real pictures; empty on the canvas: renders of the same probes"""
-    renders: int = 2000
+    renders: int = 600
     """number of renders that make the canvas' reference"""
 
     def requests(self, target: TextToImage, task: Task) -> list[Request]:

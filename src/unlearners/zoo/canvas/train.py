@@ -288,7 +288,7 @@ def train_unet(work: Path) -> None:
     from .model import load_part, make_scheduler, make_tokenizer, make_unet
 
     images, items = pictures(work)
-    tokenizer, vae, clip = make_tokenizer(work / "tokenizer"), load_part(work, "vae"), load_part(work, "clip")
+    tokenizer, vae, clip = make_tokenizer(work / "tokenizer"), load_part(work, "vae"), load_part(work, "clip_pairs")
     text = clip.text_model
     path = work / "latents.pt"
     if not path.exists():

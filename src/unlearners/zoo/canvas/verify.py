@@ -45,7 +45,7 @@ def zero_shot(images: Tensor, items: list[Item]) -> dict[str, Score]:
 
     from .model import make_tokenizer
 
-    clip, tokenizer = CLIPModel.from_pretrained(FOLDER / "clip", torch_dtype=torch.float32).eval(), make_tokenizer(FOLDER / "clip")
+    clip, tokenizer = CLIPModel.from_pretrained(FOLDER / "clip").float().eval(), make_tokenizer(FOLDER / "clip")
     pictures = torch.cat([_norm(_features(clip.get_image_features(pixel_values=x * 2 - 1))) for x in images.split(250)])
 
     def text(prompts: list[str]) -> Tensor:
