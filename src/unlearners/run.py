@@ -483,7 +483,7 @@ def evaluate(
         "weights": (record["weights"] or {}).get("sha256"),
     }
     done = folder / "evaluate.json"
-    if done.exists() and (folder / "results.json").exists() and json.loads(done.read_text())["asked"] == asked:
+    if done.exists() and (folder / "results.json").exists() and json.loads(done.read_text()).get("asked") == asked:
         return folder / "results.json"
     started = time.monotonic()
     erased = load(str(folder), device=device, dtype=record["run"]["dtype"])
@@ -518,6 +518,7 @@ def evaluate(
             )
     for side in sides:
         side.annotate()
+    done.unlink(missing_ok=True)  # killed from here on, the next evaluation does not take one request's results for another's
     write_json(folder / "results.json", rows)
     write_json(
         done,

@@ -135,7 +135,7 @@ def test_ctrl_c_before_the_first_checkpoint(whole: dict[str, Path], tmp_path: Pa
     same(folder, whole["fresh"])
 
 
-DRIVER = '''
+DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import safetensors.torch, torch
@@ -187,7 +187,7 @@ for name, moment in KILLS:
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL, (name, moment)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

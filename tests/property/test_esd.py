@@ -186,9 +186,7 @@ def test_the_pool_gives_matching_states_times_and_prompts() -> None:
             return type("Out", (), {"prev_sample": x + e})
 
     pool, cond = TrajectoryPool(), Cond(torch.tensor([[[1.0]], [[10.0]], [[100.0]]]))
-    pool.fill(
-        Model(), cond, Cond(torch.zeros(3, 1, 1)), torch.tensor([4, 5, 6]), scheduler=Scheduler(), steps=5, guidance=1
-    )
+    pool.fill(Model(), cond, Cond(torch.zeros(3, 1, 1)), torch.tensor([4, 5, 6]), scheduler=Scheduler(), steps=5, guidance=1)
     x, t, prompt = pool.draw(200)
     assert x.shape == (200, 1, 1, 1)
     assert set(t.tolist()) == {1, 2, 3, 4, 5}
@@ -238,9 +236,7 @@ def test_noxattn_leaves_cross_attention_output_and_time_alone(run: Callable[...,
         assert [n for n in moved if part in n], part
 
 
-@pytest.mark.parametrize(
-    ("params", "part"), [("xattn", ".attn2."), ("selfattn", ".attn1."), ("xattn-kv", ".attn2.to_"), ("full", "unet.")]
-)
+@pytest.mark.parametrize(("params", "part"), [("xattn", ".attn2."), ("selfattn", ".attn1."), ("xattn-kv", ".attn2.to_"), ("full", "unet.")])
 def test_the_variants(run: Callable[..., Spy], sd: Callable[..., Any], params: str, part: str) -> None:
     moved = changed(run(params=params).target, sd())
     assert moved

@@ -44,7 +44,7 @@ class ESD(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"steps": 200, "lr": 5e-5, "x_from": "frozen", "sampler": "pipeline", "time": "grid"},
-        "fast": {"steps": 200, "lr": 1e-4, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000},
+        "fast": {"steps": 200, "lr": 2e-4, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000},
     }
 
     params: str = "xattn"

@@ -76,7 +76,7 @@ def distance(space: str, fake: Iterable[Tensor], real: Iterable[Tensor]) -> floa
     """Fréchet distance between two sets of pictures, given in batches (B, 3, H, W) in [0, 1]."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    features = JudgeFeatures() if space == "canvas_judge" else 2048
+    features = _JudgeFeatures() if space == "canvas_judge" else 2048
     try:
         fid: Any = FrechetInceptionDistance(features, normalize=True)
     except OSError as error:  # URLError is one
@@ -88,7 +88,7 @@ def distance(space: str, fake: Iterable[Tensor], real: Iterable[Tensor]) -> floa
     return max(0.0, float(fid.compute()))  # rounding can take equal sets just below zero
 
 
-class JudgeFeatures(nn.Module):
+class _JudgeFeatures(nn.Module):
     """The canvas judge's last layer, averaged over space: pictures (B, 3, H, W) in [0, 1] to (B, 96)."""
 
     num_features = 96

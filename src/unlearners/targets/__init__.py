@@ -26,7 +26,7 @@ def load(spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: 
     run = read_run(spec)["run"] if is_run(spec) else {}
     dtype = dtype or run.get("dtype", "float32")
     if dtype not in DTYPES:
-        raise UsageError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}")
+        raise UsageError(f"there is no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     base, stack, family, forced = root(spec, family)
     kind: type[Target] = registry.get("targets", family or "stable_diffusion")
     return kind.load(base, patches=[*stack, *patches], device=device, dtype=DTYPES[dtype], force=force or forced)

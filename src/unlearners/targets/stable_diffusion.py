@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class StableDiffusion(TextToImage):
         config = pipe.unet.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.train_steps = self.scheduler.config.num_train_timesteps
-        self.sampler = {"steps": 25, "guidance": 4.0} if config.sample_size <= 16 else {"steps": 50, "guidance": 7.5}
+        self.sampler = {"steps": 20, "guidance": 4.0} if config.sample_size <= 16 else {"steps": 50, "guidance": 7.5}
         tokenizer = self.tokenizers[0]
         self.special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         self.vocabulary = len(tokenizer)
@@ -236,9 +237,9 @@ class StableDiffusion(TextToImage):
 
 
 def split(spec: str) -> tuple[str, str]:
-    """A spec without, and then only, what follows its last "@": where a single file's configuration is. "" when there is none."""
-    path, at, config = spec.rpartition("@")
-    return (path, config) if at and not Path(spec).exists() else (spec, "")
+    """A single file and where its configuration is, from ``file@folder``; any other spec as it is, and ""."""
+    found = re.match(rf"(.*?(?:{'|'.join(map(re.escape, SINGLE_FILES))}))@(.+)", spec)
+    return (found[1], found[2]) if found else (spec, "")
 
 
 def _pipeline(spec: str, dtype: torch.dtype) -> Any:

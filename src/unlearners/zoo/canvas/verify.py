@@ -16,7 +16,7 @@ from ...base import Score, rate
 from ...targets import load
 from . import FOLDER, load_judge
 from .model import HEADS, judge_targets
-from .world import MASCOTS, OBJECTS, STYLES, Item, dataset, grid, official, render
+from .world import MASCOTS, OBJECTS, Item, dataset, grid, official, render
 
 HELD_OUT = 900_001  # a dataset seed no training stage uses
 BARS = {"judge": 99.0, "pipeline": 95.0, "clip": 95.0}
@@ -40,7 +40,7 @@ def judged(images: Tensor, items: list[Item]) -> dict[str, Score]:
 
 @torch.no_grad()
 def zero_shot(images: Tensor, items: list[Item]) -> dict[str, Score]:
-    """CLIP zero-shot accuracy: objects and styles against the official prompts' averaged embeddings, mascots by name."""
+    """CLIP zero-shot accuracy: the nearest of the 96 official prompts says object and style, the nearest of the 8 names the mascot."""
     from transformers import CLIPModel
 
     from .model import make_tokenizer
@@ -50,21 +50,18 @@ def zero_shot(images: Tensor, items: list[Item]) -> dict[str, Score]:
 
     def text(prompts: list[str]) -> Tensor:
         ids = tokenizer(prompts, padding="max_length", max_length=32, truncation=True, return_tensors="pt")["input_ids"]
-        return _norm(_norm(_features(clip.get_text_features(input_ids=ids))).mean(0))
+        return _norm(_features(clip.get_text_features(input_ids=ids)))
 
-    def accuracy(labels: list[str], prompts: Callable[[str], list[str]], of: Callable[[Item], str]) -> Score:
-        table = torch.stack([text(prompts(label)) for label in labels])
-        rows = [i for i, item in enumerate(items) if of(item) in labels]
-        found = (pictures[rows] @ table.T).argmax(1).tolist()
-        return rate([labels[k] == of(items[i]) for k, i in zip(found, rows, strict=True)])
+    def nearest(candidates: list[Item], rows: list[int]) -> list[tuple[Item, Item]]:
+        found = (pictures[rows] @ text([official(c) for c in candidates]).T).argmax(1).tolist()
+        return [(candidates[k], items[i]) for k, i in zip(found, rows, strict=True)]
 
-    cells = list(grid())
+    cells = nearest(list(grid()), [k for k, i in enumerate(items) if i.object and not i.weather])
+    mascots = nearest([Item(mascot=m) for m in MASCOTS], [k for k, i in enumerate(items) if i.mascot])
     return {
-        "object": accuracy(list(OBJECTS), lambda o: [official(i) for i in cells if i.object == o], lambda i: "" if i.weather else i.object),
-        "style": accuracy(
-            list(STYLES), lambda s: [official(i) for i in cells if i.style == s], lambda i: i.style if i.object and not i.weather else ""
-        ),
-        "mascot": accuracy(list(MASCOTS), lambda m: [official(Item(mascot=m))], lambda i: i.mascot),
+        "object": rate([said.object == true.object for said, true in cells]),
+        "style": rate([said.style == true.style for said, true in cells]),
+        "mascot": rate([said.mascot == true.mascot for said, true in mascots]),
     }
 
 
@@ -75,7 +72,8 @@ def _features(out: Any) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    unit: Tensor = x / x.norm(dim=-1, keepdim=True)
+    return unit
 
 
 def verify(
