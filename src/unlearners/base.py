@@ -106,6 +106,14 @@ class Target(ABC):
             raise UsageError(f"no weight of this {type(self).__name__} matches '{group}'; groups: {', '.join(self.groups)}")
         return chosen
 
+    def trainable(self, group: str) -> dict[str, nn.Parameter]:
+        """``select``, ready to train: with gradients, and as float32 master weights where the model is held in half precision."""
+        chosen = self.select(group)
+        for p in chosen.values():
+            p.data = p.data.float()
+            p.requires_grad_()
+        return chosen
+
     def frozen(self, weights: Iterable[str] | None = None) -> Self:
         """A copy that does not train. Modules that own any of ``weights`` (all, when None) are its own; the rest is shared."""
         own = set(self.modules) if weights is None else {w.partition(".")[0] for w in weights}
@@ -116,7 +124,7 @@ class Target(ABC):
         return twin
 
     def steps(self, total: int, *states: Stateful) -> Iterator[int]:
-        """Count ``total`` optimiser steps from the last checkpoint on; checkpoints, progress and ETA come with it."""
+        """Count ``total`` optimiser steps from the last checkpoint on; checkpoints, progress and ETA come with it. Once in a run."""
         start = self.session.restore(self, states) if self.session else 0
         for i in range(start, total):
             yield i
@@ -247,7 +255,7 @@ def kebab(part: Any) -> str:
 def sandbox(target: Target, seed: int) -> Iterator[None]:
     """Seed inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train mode are as before."""
     modes = {m: m.training for module in target.modules.values() for m in module.modules()}
-    wanted = {p: p.requires_grad for p in target.named().values()}
+    wanted = {p: (p.requires_grad, p.dtype) for p in target.named().values()}
     devices = [target.device] if target.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.set_grad_enabled(True):
         torch.manual_seed(seed)
@@ -256,9 +264,9 @@ def sandbox(target: Target, seed: int) -> Iterator[None]:
         try:
             yield
         finally:
-            for p, w in wanted.items():
-                p.requires_grad_(w)
-                p.grad = None
+            for p, (trains, dtype) in wanted.items():
+                p.requires_grad_(trains).grad = None
+                p.data = p.data.to(dtype)
             for m, training in modes.items():
                 m.training = training
 
@@ -470,4 +478,4 @@ class Run:
 
     @property
     def folder(self) -> str:
-        return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', self.task.name).strip('-')}-{kebab(self.method)}-{self.hash[:8]}"
+        return f"{re.sub(r'[^A-Za-z0-9_.]+', '-', self.task.name).strip('-')[:80]}-{kebab(self.method)}-{self.hash[:8]}"

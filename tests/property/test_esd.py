@@ -15,6 +15,7 @@ from unlearners.diffusion import Cond, TrajectoryPool
 from unlearners.errors import UsageError
 from unlearners.methods.esd import ESD
 from unlearners.targets.stable_diffusion import StableDiffusion
+from unlearners.tasks import from_concept
 
 TASK = Task(name="t", kind="style", concepts=("zq",), prompts=("zq", "a zq sky"))
 QUICK: dict[str, Any] = {"steps": 3, "sampler_steps": 4, "lr": 1e-3}
@@ -276,3 +277,17 @@ def test_the_presets_are_what_they_say() -> None:
 
 def test_it_asks_for_text_to_image() -> None:
     assert issubclass(StableDiffusion, ESD.needs)
+
+
+def test_half_precision_models_train_float32_masters() -> None:
+    target = StableDiffusion.load("tiny", dtype=torch.bfloat16)
+    start = {n: p.clone() for n, p in target.named().items()}
+    seen: set[torch.dtype] = set()
+    ESD(steps=6, lr=1e-4, sampler_steps=4)(
+        target, from_concept("zq", "style"), log=lambda _: seen.update(p.dtype for p in target.select("xattn").values())
+    )
+    assert seen == {torch.float32}
+    assert {p.dtype for p in target.named().values()} == {torch.bfloat16}
+    moved = [n for n, p in target.named().items() if not torch.equal(p, start[n])]
+    assert moved and all(".attn2." in n for n in moved)
+    assert torch.isfinite(target.sample(["zq"], [1], steps=2)).all()

@@ -79,9 +79,9 @@ class ESD(Method):
             raise UsageError("steps, batch, sampler_steps and refresh must be at least 1, and pool at least 0")
 
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
-        w = target.select(self.params)  # theta
+        w = target.trainable(self.params)  # theta
         old = target.frozen(w)  # theta_0
-        opt = torch.optim.Adam([p.requires_grad_() for p in w.values()], lr=self.lr)
+        opt = torch.optim.Adam(w.values(), lr=self.lr)
         said = [self.erase_from] * len(task.said) if self.erase_from else list(task.said)
         with torch.no_grad():
             c, null, shown = old.encode(list(task.said)), old.encode([""]), old.encode(said)

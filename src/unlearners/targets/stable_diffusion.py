@@ -53,6 +53,7 @@ class StableDiffusion(TextToImage):
 
     def __init__(self, pipe: Any, name: str, revision: str = "") -> None:
         self.pipe, self.device = pipe, torch.device(pipe.device)
+        self.dtype: torch.dtype = pipe.unet.dtype
         self.modules: dict[str, nn.Module] = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
         self.tokenizers, self.vae, self.scheduler = [pipe.tokenizer], pipe.vae, pipe.scheduler
         self.xl = getattr(pipe, "text_encoder_2", None) is not None
@@ -146,7 +147,8 @@ class StableDiffusion(TextToImage):
         """One text encoder's output. Soft embeddings enter by a hook on the embedding layer, so the library's own forward does the rest."""
         encoder: Any = self.modules[component]
         if soft is None:
-            return encoder(ids, output_hidden_states=self.xl)
+            with self.precision():
+                return encoder(ids, output_hidden_states=self.xl)
         values = soft.embeddings[tower] if isinstance(soft.embeddings, tuple) else soft.embeddings
 
         def put(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
@@ -154,7 +156,8 @@ class StableDiffusion(TextToImage):
 
         handle = encoder.get_input_embeddings().register_forward_hook(put)
         try:
-            return encoder(ids, output_hidden_states=self.xl)
+            with self.precision():
+                return encoder(ids, output_hidden_states=self.xl)
         finally:
             handle.remove()
 
@@ -165,10 +168,15 @@ class StableDiffusion(TextToImage):
             cond = Cond(torch.zeros_like(cond.states), torch.zeros_like(cond.pooled), cond.time_ids)  # type: ignore[arg-type]
         return cond.repeat(n)
 
+    def precision(self) -> torch.autocast:
+        """Autocast for models in half precision, whose weights in training are float32; nothing for float32 models."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
     # --- denoising ------------------------------------------------------------------------------------------------
     def eps(self, x_t: Tensor, t: Any, cond: Cond) -> Tensor:
         extra = {"text_embeds": cond.pooled, "time_ids": cond.time_ids} if self.xl else None
-        out: Tensor = self.modules["unet"](x_t, t, cond.states, added_cond_kwargs=extra, return_dict=False)[0]
+        with self.precision():
+            out: Tensor = self.modules["unet"](x_t, t, cond.states, added_cond_kwargs=extra, return_dict=False)[0]
         return out
 
     def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
