@@ -441,6 +441,7 @@ class Metric(ABC):
     """One number about a run, or a few under names of their own."""
 
     higher_is_better: ClassVar[bool]
+    reproducible: ClassVar[bool] = True  # False: the machine decides, not the seed
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
     needs: ClassVar[type[Target]] = Target  # type: ignore[type-abstract]

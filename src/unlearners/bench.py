@@ -123,7 +123,7 @@ def _cell(
     env = json.loads((folder / "run.json").read_text())["env"]
     common = {"target": spec.target, "task": task, "seed": seed, "device": f"{env['device']} {env['hardware']}"}
     out = []
-    for row in json.loads((folder / "results.json").read_text()):
+    for row in run.results(folder):
         score = {k: row[k] for k in ("value", "n", "low", "high")}
         out.append({**common, "method": label, "metric": row["metric"], **score, "preset": cell.preset or "paper"})
         if row["before"]:

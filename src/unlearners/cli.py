@@ -271,14 +271,15 @@ class Evaluate(Verb):
         if self.dry_run:
             tried = [m for m in metrics or task.suite if m in OFFLINE]
             with _rehearsal(method, task) as folder:
-                rows = json.loads(run.evaluate(folder, metrics=tried, steps=2, **how).read_text())
+                run.evaluate(folder, metrics=tried, steps=2, **how)
+                rows = run.results(folder)
             return {"dry_run": True, "file": str(self.folder / "results.json"), "metrics": metrics or list(task.suite), "tried": rows}
         more = range(max(task.seeds) + 1, max(task.seeds) + 1 + self.seeds)
         seeds = (*task.seeds, *more)[: self.seeds] if self.seeds else None
         how |= {"metrics": metrics or None, "seeds": seeds, "steps": self.steps or None, "device": _device(self.device)}
         with run.progress_bars() as bars:
             file = run.evaluate(self.folder, progress=bars, **how)
-        return {"file": str(file), "results": json.loads(file.read_text())}
+        return {"file": str(file), "results": run.results(self.folder)}
 
     def say(self, result: Result) -> None:
         if self.dry_run:

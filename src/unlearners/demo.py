@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 TASKS = ("canvas/neon", "canvas/fish")
-METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("esd", {"preset": "fast"}), ("uce", {}))
+METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("esd", {"preset": "fast", "eta": 5.0}), ("uce", {}))
 ATTACKS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("random_tokens", {"tries": 4}),
     ("unlearndiffatk", {"preset": "fast", "timesteps": 4}),
@@ -30,8 +29,8 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, progress: bool = True)
                 folder = run.erase(registry.make("methods", name, **fields), "canvas", task, runs=out, seed=seed, progress=bars)
                 for attack, settings in ATTACKS:
                     run.attack(registry.make("attacks", attack, **settings), folder, seed=seed, prompts=8, progress=bars)
-                results = json.loads(run.evaluate(folder, seeds=(188,), progress=bars).read_text())
-                values = {r["metric"]: r["value"] for r in results}
+                run.evaluate(folder, seeds=(188,), progress=bars)
+                values = {r["metric"]: r["value"] for r in run.results(folder)}
                 rows.append({"task": task, "method": name, **values})
                 folders.append(folder)
     return {"report": str(report(folders)), "rows": rows}

@@ -78,7 +78,7 @@ def read(folder: str | Path) -> Record:
     return Record(
         folder=folder,
         run=run,
-        results=read_json(folder / "results.json") if (folder / "results.json").is_file() else [],
+        results=[row for name in ("results.json", "cost.json") if (folder / name).is_file() for row in read_json(folder / name)],
         attacks={path.stem: read_json(path) for path in sorted((folder / "attacks").glob("*.json"))},
         evaluation=evaluation,
         samples=read_samples(folder),

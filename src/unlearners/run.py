@@ -466,6 +466,8 @@ def evaluate(
 ) -> Path:
     """Draw what the metrics ask for, once, from the original and the erased model; judge it; write ``results.json``. Returns its path.
 
+    What the machine decides and not the seed (cost) goes to ``cost.json``, so that the same seed gives the same ``results.json``.
+
     ``metrics`` defaults to the task's suite and ``seeds`` to its seeds; pictures that are there are not drawn again, and nothing is
     done when the results are those of the same request.
     """
@@ -500,13 +502,13 @@ def evaluate(
         gallery = Gallery(where, sampler)
         gallery.fill(model, wanted, batch, progress, what)
         sides.append(GalleryOutputs(gallery, judge, task, record if mine is verdicts else {}, mine))
-    rows = []
+    rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for metric in suite:
         after = _scores(metric, metric.score(erased, task, sides[1]))
         before = _scores(metric, metric.score(erased, task, sides[0])) if metric.requests(erased, task) else {}
         for name, score in after.items():
             was = before.get(name)
-            rows.append(
+            rows[metric.reproducible].append(
                 {
                     "metric": name,
                     "version": metric.version,
@@ -519,7 +521,8 @@ def evaluate(
     for side in sides:
         side.annotate()
     done.unlink(missing_ok=True)  # killed from here on, the next evaluation does not take one request's results for another's
-    write_json(folder / "results.json", rows)
+    write_json(folder / "results.json", rows[True])
+    write_json(folder / "cost.json", rows[False])
     write_json(
         done,
         {
@@ -532,6 +535,12 @@ def evaluate(
         },
     )
     return folder / "results.json"
+
+
+def results(folder: str | Path) -> list[dict[str, Any]]:
+    """Every measured row of a run folder: ``results.json``, then ``cost.json``."""
+    files = [Path(folder) / "results.json", Path(folder) / "cost.json"]
+    return [row for file in files if file.exists() for row in json.loads(file.read_text())]
 
 
 def _scores(metric: Metric, score: Score | dict[str, Score]) -> dict[str, Score]:

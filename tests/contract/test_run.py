@@ -80,7 +80,7 @@ def everything(runs: Path, **options: Any) -> Path:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    return {row["metric"]: row for row in json.loads((folder / "results.json").read_text())}
+    return {row["metric"]: row for row in run.results(folder)}
 
 
 def test_the_whole_way(tmp_path: Path, drawn: list[int]) -> None:

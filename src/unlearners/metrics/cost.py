@@ -28,6 +28,7 @@ class Cost(Metric):
 
     needs = Target
     higher_is_better: ClassVar[bool] = False
+    reproducible: ClassVar[bool] = False
     paper: ClassVar[str] = "arXiv:2402.11846"
 
     def score(self, target: Target, task: Task, outputs: Outputs) -> dict[str, Score]:

@@ -7,6 +7,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,7 +272,9 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
         if name:
             raise RefusedError(f"the pipeline in {spec} cannot be read ({_first(error)}); copy or download it again") from error
         unknown = f"'{spec}' is no local folder or file and could not be fetched from the hub"
-        raise UsageError(f"{unknown} ({_first(error)}); check the name or the network") from error
+        near = get_close_matches(spec, ["tiny", *ALIASES], n=1)
+        hint = f"did you mean {near[0]}" if near else "check the name or the network"
+        raise UsageError(f"{unknown} ({_first(error)}); {hint}") from error
     if type(pipe).__name__ not in PIPELINES:
         raise UsageError(f"{spec} is a {type(pipe).__name__}; this target takes {' or '.join(PIPELINES)}")
     if name:
