@@ -359,7 +359,8 @@ class GalleryOutputs:
         for key, row in self.gallery.rows.items():
             if row["prompt"] in truth:
                 row["truth"], row["named"] = truth[row["prompt"]]
-                row["labels"] = {d: known[key] for d, known in self.judged.items() if key in known}
+                found = {d: known[key] for d, known in self.judged.items() if key in known}
+                row["labels"] = {**row.get("labels", {}), **found}  # the original's pictures serve several tasks
         self.gallery.save()
 
 

@@ -6,7 +6,8 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
@@ -251,6 +252,24 @@ def split(spec: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (spec, "")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' bars for reading files, which are over in a second; downloads keep theirs."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in zip(logs, shown, strict=True):
+            if was:
+                log.enable_progress_bar()
+
+
 def _pipeline(spec: str, dtype: torch.dtype) -> Any:
     """The diffusers pipeline at ``spec``, without a safety checker (evaluation must see what the weights draw)."""
     import diffusers
@@ -267,7 +286,8 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if name == PIPELINES[0] else {}
     loader = getattr(diffusers, name) if name else diffusers.DiffusionPipeline
     try:
-        pipe = loader.from_pretrained(spec, dtype=dtype, use_safetensors=True, **options)
+        with _quiet():
+            pipe = loader.from_pretrained(spec, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:  # what is wrong with a file can surface as anything
         if name:
             raise RefusedError(f"the pipeline in {spec} cannot be read ({_first(error)}); copy or download it again") from error
