@@ -318,6 +318,11 @@ class Gallery:
     def save(self) -> None:
         write_text(self.manifest, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows.values()))
 
+    def repeats(self, target: Any, request: Request) -> bool:
+        """Whether drawing ``request`` again gives the same picture, up to what rounding in another batch size may do."""
+        again = target.sample([request.prompt], [request.seed], **self.sampler)[0]
+        return bool((again - self.picture(request)).abs().max() < 0.1)
+
     def picture(self, request: Request) -> Tensor:
         return read_picture(self.folder / self.rows[_key(request.prompt, request.seed)]["file"])
 
@@ -503,6 +508,7 @@ def evaluate(
         gallery = Gallery(where, sampler)
         gallery.fill(model, wanted, batch, progress, what)
         sides.append(GalleryOutputs(gallery, judge, task, record if mine is verdicts else {}, mine))
+    differs = not done.exists() and bool(wanted) and not sides[1].gallery.repeats(erased, wanted[0])
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for metric in suite:
         after = _scores(metric, metric.score(erased, task, sides[1]))
@@ -532,6 +538,7 @@ def evaluate(
             "sampler": sampler,
             "judge": task.judge,
             "seeds": list(task.seeds),
+            "repeat_differs": differs,
             "seconds": time.monotonic() - started,
         },
     )

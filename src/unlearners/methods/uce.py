@@ -79,7 +79,8 @@ class UCE(Method):
         if bad := [n for n, p in w.items() if p.dim() != 2]:
             raise UsageError(f"UCE rewrites matrices and '{bad[0]}' is none; use params xattn-kv")
         says = self.templates or TEMPLATES[task.kind]
-        pairs = [(t.format(c), t.format(task.anchor(i)).strip()) for i, c in enumerate(task.concepts) for t in says]
+        guides = [task.anchor(i) for i in range(len(task.concepts))]  # an empty one is the empty prompt in every phrase
+        pairs = [(t.format(c), t.format(g) if g else "") for c, g in zip(task.concepts, guides, strict=True) for t in says]
         keep = ["", *(t.format(p) for p in task.preserve for t in says)]
         c, g = self.vectors(target, pairs)  # (n, d), (n, d)
         p = self.kept(target, keep)  # (m, d)
