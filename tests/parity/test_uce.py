@@ -20,7 +20,7 @@ def naive(W_old: Tensor, texts: dict[str, Tensor], tokens: str, alpha: float, be
     left, right = lamb * W_old.clone(), lamb * torch.eye(d, dtype=torch.float64)
     for concept, guide in zip(CONCEPTS, GUIDES, strict=True):
         for form in FORMS:
-            said, instead = form.format(concept), form.format(guide).strip()
+            said, instead = form.format(concept), form.format(guide) if guide else ""
             i, j = max(1, len(said.replace(" ", ""))), max(1, len(instead.replace(" ", "")))
             for _ in range(1 if tokens == "last" else 24 - max(i, j)):
                 c, g = texts[said][i], texts[instead][j]
