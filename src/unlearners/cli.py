@@ -413,7 +413,8 @@ class Demo(Verb):
         if self.dry_run:
             print(f"would erase, attack, evaluate and report into {self.out}; tried an erasure and its report on the tiny model")
         else:
-            _grid(result["rows"])
+            short = {"ua": "UA", "ira": "IRA", "cra": "CRA", "asr/random_tokens": "ASR random", "asr/unlearndiffatk": "ASR UDA"}
+            _grid([{"task": r["task"], "method": r["method"], **{v: r[k] for k, v in short.items()}} for r in result["rows"]])
             print(f"→ {result['report']}")
 
 

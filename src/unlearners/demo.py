@@ -19,9 +19,12 @@ def demo(out: str | Path = "runs/demo", *, seed: int = 0, progress: bool = True)
 
     Returns {"report": path, "rows": [{"task", "method", metric: value …}]}.
     """
+    import torch
+
     from . import registry, run
     from .report import report
 
+    torch.set_num_threads(1)  # nets this small gain nothing from a second thread, and two such processes would fight
     rows, folders = [], []
     with run.progress_bars() if progress else nullcontext() as bars:
         for task in TASKS:
