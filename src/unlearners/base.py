@@ -110,7 +110,8 @@ class Target(ABC):
         """``select``, ready to train: with gradients, and as float32 master weights where the model is held in half precision."""
         chosen = self.select(group)
         for p in chosen.values():
-            p.data = p.data.float()
+            if p.dtype in (torch.float16, torch.bfloat16):
+                p.data = p.data.float()
             p.requires_grad_()
         return chosen
 

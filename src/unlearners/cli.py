@@ -14,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ OFFLINE = ("ua", "ira", "cra", "pre_asr", "asr", "cost")
 
 # --- the verbs ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
-class Verb:
+class Verb(ABC):
     """What every verb has."""
 
     kind: ClassVar[str] = ""
@@ -59,13 +60,13 @@ class Verb:
     dry_run: bool = False
     """say what would be done, and try it on the tiny model in a temporary folder"""
 
+    @abstractmethod
     def do(self, part: Any) -> Result:
         """Do it and return what --json prints. ``part`` is the method or attack of the verbs that have one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def say(self, result: Result) -> None:
         """Tell a person about ``result``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
