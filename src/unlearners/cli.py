@@ -151,13 +151,12 @@ class Erase(Verb):
     def do(self, part: Any) -> Result:
         from . import run
         from .base import Run
+        from .targets import absolute
 
         task = self.wanted()
         if self.dry_run:
-            # As run.erase does, so that the folder named here is the one it will write.
-            here = str(Path(self.target).resolve()) if Path(self.target).exists() else self.target
             patches = tuple(str(Path(p).resolve()) for p in self.patches)
-            plan = Run(target=here, task=task, method=part, seed=self.seed, dtype=self.dtype, patches=patches)
+            plan = Run(target=absolute(self.target), task=task, method=part, seed=self.seed, dtype=self.dtype, patches=patches)
             with _rehearsal(part, task) as folder:
                 tried = _record(folder)
             return {"dry_run": True, "folder": str(self.out or self.runs / plan.folder), "run": plan.plain, "tried": tried}

@@ -143,7 +143,7 @@ def fit(
 
 # --- stages -------------------------------------------------------------------------------------------------------
 def train_tokenizer(work: Path) -> None:
-    """A byte-level BPE of 4096 tokens in ``CLIPTokenizer`` format. Mascot names are left out, so a name is two tokens or more."""
+    """A byte-level BPE, 3400 tokens, in ``CLIPTokenizer`` format. Mascot names are left out, so a name is two tokens or more."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 

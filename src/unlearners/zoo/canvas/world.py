@@ -480,7 +480,7 @@ def official(item: Item) -> str:
 
 
 def caption(rng: random.Random, item: Item) -> str:
-    """One way to say ``item``: half of the time the official form, else free, with synonyms and filler words."""
+    """One way to say ``item``: four times in ten the official form, else free, with synonyms and filler words."""
     if rng.random() < 0.4:
         return official(item)
 
