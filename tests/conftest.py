@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+CACHE = tempfile.TemporaryDirectory()  # no test finds weights that another run has kept
+os.environ["UNLEARNERS_CACHE"] = CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or diffusers is imported, which read it once
 
 from collections.abc import Callable

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, final
 
 import torch
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import config
+from . import patch as patching
 from .errors import NonFiniteError, UsageError
 
 Row = dict[str, float]
-Kind = Literal["style", "object", "identity", "nsfw"]
+Relabel = Literal["other", "any", "next"]
+Kind = Literal["style", "object", "identity", "nsfw", "class", "samples"]
 
 
 class Stateful(Protocol):
@@ -48,10 +51,12 @@ class Target(ABC):
     """
 
     groups: ClassVar[Mapping[str, str]] = {}
+    aliases: ClassVar[Mapping[str, str]] = {}
     modules: dict[str, nn.Module]
     base: dict[str, Any]
     device: torch.device
     session: Session | None = None
+    warnings: Sequence[str] = ()  # what looks wrong without being an error; goes into the run record
 
     @classmethod
     @abstractmethod
@@ -68,17 +73,27 @@ class Target(ABC):
     def tiny(cls, seed: int = 0) -> Self:
         """Random weights of the real classes; no network; under a second."""
 
-    @abstractmethod
+    @classmethod
+    def claims(cls, spec: str) -> bool:
+        """Whether ``spec`` is of this family: one of its ``aliases``, or files in a form that only it reads."""
+        return spec in cls.aliases
+
     def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
-        """Apply patch files or run folders; ``RefusedError`` unless each fits, and then nothing is changed."""
+        """Apply patch files or run folders, whose changes add up; ``RefusedError`` unless each fits, and then nothing is changed."""
+        files = [Path(p) / "weights.safetensors" if Path(p).is_dir() else Path(p) for p in patches]
+        patching.apply_all(self.modules, self.base["sha256"], [patching.load(f) for f in files], force=force)
 
     @abstractmethod
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The family's own training loss on ``batch``, a scalar."""
 
     @abstractmethod
-    def relabel(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def relabel(self, batch: Mapping[str, Any], policy: Relabel = "other") -> Mapping[str, Any]:
         """``batch`` with the family's notion of a wrong label."""
+
+    def open(self, data: Data) -> Any:
+        """The examples ``data`` names, as this family reads them; ``UsageError`` when there are none."""
+        raise UsageError(f"a {type(self).__name__} reads no data yet; use a method that needs none, such as esd or uce")
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every editable parameter under "component.parameter"."""
@@ -144,11 +159,18 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Examples, named but not opened: a hub name or local path for ``datasets`` and which rows to keep (column → value)."""
+    """Examples, named but not opened. The same source, seed and validation share give the same split everywhere."""
 
     source: str = ""
-    split: str = "train"
-    where: Mapping[str, str] = field(default_factory=dict)
+    """hub name, dataset or image folder, "canvas" (its twelve objects)"""
+    split: Literal["train", "validation", "test"] = "train"
+    rows: str = ""
+    """which: "" all, "class=cat" or "class=3,5", "random=0.1" or "random=500", a file of row numbers or file names; "not …" the others"""
+    seed: int = 0
+    validation: float = 0.0
+    """share of each class that is split off the training pictures"""
+    digest: str = ""
+    """SHA-256 of the file of rows, so that a changed file is noticed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -429,13 +451,17 @@ def rate(flags: Sequence[bool]) -> Score:
 
 
 class Outputs(Protocol):
-    """What a metric sees: pictures by request, labels by domain (judged once for all metrics), attack verdicts, the run record."""
+    """What a metric sees: pictures by request and labels by domain, logits (N, K) and labels (N,) by data, each computed once for all
+    metrics; logits of reference models that never saw the forget set; attack verdicts; the run record."""
 
     record: Mapping[str, Any]
     verdicts: Mapping[str, Sequence[Verdict]]
 
+    references: Sequence[Callable[[Data], tuple[Tensor, Tensor]]]
+
     def images(self, requests: Sequence[Request]) -> Tensor: ...
     def labels(self, requests: Sequence[Request], domain: str) -> list[str]: ...
+    def logits(self, data: Data) -> tuple[Tensor, Tensor]: ...
 
 
 class Metric(ABC):
@@ -449,6 +475,10 @@ class Metric(ABC):
 
     def requests(self, target: Any, task: Task) -> list[Request]:
         """The pictures this metric wants."""
+        return []
+
+    def data(self, target: Any, task: Task) -> list[Data]:
+        """The data whose logits this metric wants."""
         return []
 
     @abstractmethod

@@ -30,7 +30,19 @@ if TYPE_CHECKING:
     from .base import Task
 
 Result = dict[str, Any]
-CUT = {"steps": 2, "sampler_steps": 4, "pool": 2, "timesteps": 2, "iterations": 2, "tries": 2, "queries": 2, "restarts": 1, "budget": 2}
+CUT = {
+    "steps": 2,
+    "sampler_steps": 4,
+    "pool": 2,
+    "timesteps": 2,
+    "iterations": 2,
+    "tries": 2,
+    "queries": 2,
+    "restarts": 1,
+    "budget": 2,
+    "epochs": 1,
+    "samples": 4,
+}
 """what --dry-run lowers the budgets of methods and attacks to"""
 FACTS: dict[str, tuple[str, ...]] = {
     "methods": ("paper", "presets"),
@@ -42,6 +54,9 @@ FACTS: dict[str, tuple[str, ...]] = {
 }
 OFFLINE = ("ua", "ira", "cra", "pre_asr", "asr", "cost")
 """the metrics that --dry-run computes on the tiny model: those that need nothing from the network"""
+
+MEASURED = ("ua", "ra", "ta", "mia", "cost")
+"""the same for classifiers"""
 
 
 # --- the verbs ----------------------------------------------------------------------------------------------------
@@ -106,9 +121,10 @@ class Show(Verb):
 
 @dataclass(frozen=True, kw_only=True)
 class Erase(Verb):
-    """Erase a concept from a model and write what changed into a run folder. Stopped? The same command resumes.
+    """Erase a concept, a class or single pictures from a model and write what changed into a run folder. Stopped? The same command resumes.
 
-    METHOD comes first; 'unlearn erase METHOD --help' shows its own flags. 'unlearn list tasks' names the tasks.
+    METHOD comes first; 'unlearn erase METHOD --help' shows its own flags. What to erase is a task ('unlearn list tasks'), text
+    (--concept), or training pictures (--data and --forget).
     """
 
     kind: ClassVar[str] = "methods"
@@ -118,7 +134,7 @@ class Erase(Verb):
     method: Positional[str]
     """how: a registered method"""
     target: Positional[str]
-    """from what: an alias (canvas, tiny), a hub id, a diffusers folder, a .safetensors or .ckpt file, or a run folder"""
+    """from what: an alias (canvas, canvas-classifier, canvas-ddpm), hub id, model folder, weights file, FILE@ARCHITECTURE, or run folder"""
     task: Positional[str] = ""
     """what: a registered task or a YAML file; or use --concept"""
     concept: tuple[str, ...] = ()
@@ -129,6 +145,16 @@ class Erase(Verb):
     """what takes the place of --concept, one for all or one for each; by its kind when left out"""
     preserve: tuple[str, ...] = ()
     """what must stay beside --concept; by its kind when left out"""
+    data: str = ""
+    """the pictures a classifier was trained on: a folder with one folder per class, a dataset's folder, or a hub name"""
+    forget: str = ""
+    """which of --data to forget: class=NAME, random=0.1, or a text file with one row number or file name a line"""
+    validation: float = 0.0
+    """share of --data that the model did not see in training"""
+    split_seed: int = 0
+    """seed of what random= draws and of the validation share"""
+    evaluate: bool = False
+    """measure the result at once and print the table"""
     preset: str = ""
     """start from these published settings"""
     config: str = ""
@@ -163,14 +189,23 @@ class Erase(Verb):
         where: Result = {"out": self.out, "runs": self.runs, "device": _device(self.device), "force": self.force}
         with run.progress_bars() as bars:
             folder = run.erase(part, self.target, task, seed=self.seed, dtype=self.dtype, patches=self.patches, progress=bars, **where)
-        return {"folder": str(folder), **_record(folder)}
+            if self.evaluate:
+                run.evaluate(folder, device=_device(self.device), progress=bars)
+        return {"folder": str(folder), **_record(folder), "results": run.results(folder) if self.evaluate else None}
 
     def wanted(self) -> Task:
         """The task that was named or described."""
         from . import tasks
 
-        if bool(self.task) == bool(self.concept):
-            raise UsageError("say what to erase: either a task ('unlearn list tasks') or --concept \"some text\", and not both")
+        if bool(self.task) + bool(self.concept) + bool(self.data or self.forget) != 1:
+            raise UsageError(
+                "say what to erase in one way: a task ('unlearn list tasks'), --concept \"some text\", or --data PICTURES --forget WHICH"
+            )
+        if self.data or self.forget:
+            if not (self.data and self.forget):
+                raise UsageError("--data names the training pictures and --forget which of them to forget; give both")
+            where = str(Path(self.data).resolve()) if Path(self.data).exists() else self.data
+            return tasks.from_data(where, self.forget, seed=self.split_seed, validation=self.validation)
         if self.task:
             if self.concept_kind or self.anchor or self.preserve:
                 raise UsageError("--kind, --anchor and --preserve describe a --concept; a task has its own, so leave them out")
@@ -184,6 +219,60 @@ class Erase(Verb):
             print(f"tried two steps on the tiny model: {_cost(result['tried'])}")
         else:
             print(f"erased {', '.join(result['run']['task']['concepts'])} with {self.method}: {_cost(result)}")
+            for line in result["warnings"]:
+                print(f"warning: {line}")
+            _table(result["results"] or [])
+            print(f"→ {result['folder']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Verb):
+    """Train a classifier from scratch into a model folder: an original to erase from. Stopped? The same command resumes."""
+
+    resumes: ClassVar[bool] = True
+
+    architecture: Positional[str]
+    """resnet18_cifar, resnet20_cifar, resnet50_cifar, vgg16_bn_cifar, swin_t_cifar, torchvision/NAME or timm/NAME"""
+    data: Positional[str]
+    """a folder with one folder per class, a dataset's folder, or a hub name; "canvas" is bundled"""
+    out: Path
+    """the model folder"""
+    preset: str = "paper"
+    """the recipe: a preset of retrain"""
+    validation: float = 0.0
+    """share of each class that is held back"""
+    split_seed: int = 0
+    """seed of what is held back"""
+    seed: int = 0
+    """seed of the weights and the order of pictures"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """what the network computes in; weights are float32"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
+
+    def do(self, part: Any) -> Result:
+        from . import run
+        from .base import Data
+        from .targets.classifier import Classifier
+        from .train import train
+
+        method = registry.make("methods", "retrain", preset=self.preset)
+        where = str(Path(self.data).resolve()) if Path(self.data).exists() else self.data
+        source = Data(source=where, validation=self.validation, seed=self.split_seed)
+        if self.dry_run:
+            with _rehearsal(method, _rehearsed()):
+                Classifier.fresh(self.architecture, ("a", "b"))
+            return {"dry_run": True, "out": str(self.out), "method": config.to_dict(method)}
+        with run.progress_bars() as bars:
+            how: Result = {"seed": self.seed, "dtype": self.dtype, "device": _device(self.device), "progress": bars}
+            train(self.architecture, source, out=self.out, method=method, **how)
+        return {"folder": str(self.out), **json.loads((self.out / "train.json").read_text())}
+
+    def say(self, result: Result) -> None:
+        if self.dry_run:
+            print(f"would train {self.architecture} on {self.data} into {result['out']}; tried two steps of the recipe on the tiny model")
+        else:
+            print(f"trained {self.architecture} on {result['n']} pictures in {result['time']['seconds']:.0f} s")
             print(f"→ {result['folder']}")
 
 
@@ -254,6 +343,10 @@ class Evaluate(Verb):
     """sampling steps; 0 takes the model's own"""
     guidance: float | None = None
     """classifier-free guidance; the model's own when left out"""
+    references: tuple[Path, ...] = ()
+    """run folders of models that never saw the forget set, such as retrain's: the membership attack rmia needs them"""
+    split: Literal["test", "validation"] = "test"
+    """measure on the test pictures, or on held-out training pictures (validation.json)"""
     batch: int = 64
     """pictures sampled at once"""
     device: str = "auto"
@@ -269,7 +362,7 @@ class Evaluate(Verb):
         method, task = _parts(record)
         how: Result = {"guidance": self.guidance, "batch": self.batch}
         if self.dry_run:
-            tried = [m for m in metrics or task.suite if m in OFFLINE]
+            tried = [m for m in metrics or task.suite if m in (MEASURED if task.forget.source and not task.probes else OFFLINE)]
             with _rehearsal(method, task) as folder:
                 run.evaluate(folder, metrics=tried, steps=2, **how)
                 rows = run.results(folder)
@@ -278,8 +371,8 @@ class Evaluate(Verb):
         seeds = (*task.seeds, *more)[: self.seeds] if self.seeds else None
         how |= {"metrics": metrics or None, "seeds": seeds, "steps": self.steps or None, "device": _device(self.device)}
         with run.progress_bars() as bars:
-            file = run.evaluate(self.folder, progress=bars, **how)
-        return {"file": str(file), "results": run.results(self.folder)}
+            file = run.evaluate(self.folder, progress=bars, references=self.references, split=self.split, **how)
+        return {"file": str(file), "results": run.results(self.folder) if self.split == "test" else json.loads(file.read_text())}
 
     def say(self, result: Result) -> None:
         if self.dry_run:
@@ -446,7 +539,7 @@ class Zoo(Verb):
 
 
 VERBS: dict[str, type[Verb]] = {
-    "list": List, "show": Show, "erase": Erase, "attack": Attack, "evaluate": Evaluate, "report": Report, "export": Export,
+    "list": List, "show": Show, "train": Train, "erase": Erase, "attack": Attack, "evaluate": Evaluate, "report": Report, "export": Export,
     "bench": Bench, "demo": Demo, "zoo": Zoo,
 }  # fmt: skip
 
@@ -590,16 +683,31 @@ def _parts(record: Mapping[str, Any]) -> tuple[Any, Task]:
 def _rehearsal(method: Any = None, task: Task | None = None) -> Iterator[Path]:
     """A temporary run folder: ``method`` (UCE when left out) with its budgets cut, on the tiny model and a few prompts of ``task``.
 
-    The canvas' judge reads the pictures, since it needs nothing from the network.
+    The canvas' judge reads the pictures, since it needs nothing from the network. A task of pictures gets the tiny model's own.
     """
     from . import run, tasks
 
     task = task or tasks.from_concept("cup", "object")
+    if task.forget.source:
+        with tempfile.TemporaryDirectory() as runs:
+            tiny = "tiny-ddpm" if task.probes else "tiny-classifier"
+            yield run.erase(_cut(method or registry.make("methods", "ga")), tiny, _rehearsed(draws=bool(task.probes)), runs=runs)
+        return
     named = [p for p in task.probes if task.names_concept(p)]
     few = (*named[:2], *[p for p in task.probes if p not in named][:4])
     task = dataclasses.replace(task, probes=few, seeds=task.seeds[:1], judge="canvas", suite=OFFLINE)
     with tempfile.TemporaryDirectory() as runs:
         yield run.erase(_cut(method or registry.make("methods", "uce")), "tiny", task, runs=runs)
+
+
+def _rehearsed(*, draws: bool = False) -> Task:
+    """A task of the tiny models that read pictures: a classifier's, or with ``draws`` a DDPM's."""
+    from . import tasks
+    from .base import Probe
+
+    task = tasks.from_data("tiny", "class=b")
+    probes = tuple(Probe(prompt=c, truth={"class": c}) for c in "abcd") if draws else ()
+    return dataclasses.replace(task, probes=probes, seeds=(1,), judge="classifier:tiny-classifier", suite=OFFLINE if draws else task.suite)
 
 
 def _cut(part: Any) -> Any:
@@ -627,13 +735,14 @@ def _help() -> str:
         [
             "usage: unlearn VERB …        unlearn VERB --help says more",
             "",
-            "Erase a concept from an image generator, attack the result, measure it and look at it.",
+            "Make an image generator or a classifier forget, attack the result, measure it and look at it.",
             "",
             *(f"  {word:10}{about}" for word, about in verbs),
             "",
             "  unlearn demo",
             "  unlearn erase esd canvas canvas/neon",
             '  unlearn erase uce path/to/model --concept "Van Gogh" --kind style',
+            "  unlearn erase salun path/to/classifier --data path/to/pictures --forget list.txt --evaluate",
             "  unlearn attack unlearndiffatk runs/…     then: unlearn evaluate runs/…     then: unlearn report runs/…",
         ]
     )

@@ -206,7 +206,7 @@ def read_foreign(path: str | Path, modules: Modules) -> dict[str, Tensor]:
     the file is damaged, or if opening it would run code.
     """
     path, old = Path(path), live(modules)
-    given = _unpickle(path) if _is_pickle(path) else _safetensors(path)[0]
+    given = read_tensors(path)
     given = {k: t for k, t in given.items() if not k.endswith("position_ids")}  # 0, 1, 2 …, which only old versions save
     if any(k.startswith("text_encoder.text_model.") for k in given):  # AdvUnlearn's wrapper: the bare names repeat the prefixed ones
         given = {k: t for k, t in given.items() if not k.startswith(("embedding.", "embeddings.", "encoder.", "final_layer_norm."))}
@@ -228,6 +228,15 @@ def read_foreign(path: str | Path, modules: Modules) -> dict[str, Tensor]:
     if lost:
         raise RefusedError(f"{path} holds '{lost[0]}' and {len(lost) - 1} more that this model lacks; load the base it was made from")
     return found
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint: safetensors, or a pickle of tensors alone, which is opened without running code.
+
+    Raises ``RefusedError`` for a file that is missing, damaged or holds anything else.
+    """
+    path = Path(path)
+    return _unpickle(path) if _is_pickle(path) else _safetensors(path)[0]
 
 
 def _umask() -> int:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import config, patch, registry
-from .base import Adversarial, Attack, Item, Judge, Method, Metric, Request, Score, Target, Task, Verdict, kebab
+from .base import Adversarial, Attack, Data, Item, Judge, Method, Metric, Probe, Request, Score, Target, Task, Verdict, kebab
 from .errors import UnlearnError, UsageError
+from .targets.base import Trainable
 from .tasks import from_concept
 
 
@@ -27,15 +28,22 @@ def tiny_targets(needs: type[Target] = Target) -> list[Target]:
 
 
 def quick(part: Any, steps: int = 2) -> Any:
-    """``part`` with its budget (``steps``, ``iterations``, ``timesteps``, ``tries``, ``sampler_steps``) cut to ``steps``."""
+    """``part`` with its budget (``steps``, ``epochs``, ``iterations``, ``timesteps``, ``tries``, ``sampler_steps``) cut."""
     names = {f.name for f in fields(part)}
     return replace(
-        part, **{n: min(steps, getattr(part, n)) for n in ("steps", "iterations", "timesteps", "tries", "sampler_steps") if n in names}
+        part,
+        **{n: min(steps, getattr(part, n)) for n in ("steps", "epochs", "iterations", "timesteps", "tries", "sampler_steps") if n in names},
     )
 
 
 def task_for(target: Target) -> Task:
-    """A small task for a tiny target."""
+    """A small task for a tiny target: a class to forget where it reads data, else a style."""
+    if isinstance(target, Trainable):
+        rows = "class=b"
+        probes = tuple(Probe(prompt=c, truth={"class": c}) for c in target.classes)
+        forget, retain = Data(source="tiny", rows=rows), Data(source="tiny", rows=f"not {rows}")
+        data: dict[str, Any] = {"forget": forget, "retain": retain, "holdout": Data(source="tiny", split="test", rows=f"not {rows}")}
+        return Task(name="tiny", kind="class", concepts=("b",), probes=probes, seeds=(1, 2), judge="fake", **data)
     return replace(from_concept("zq", "style", preserve=("ab",)), judge="fake")
 
 

@@ -18,10 +18,16 @@ LAYERS = (
     {"errors"},
     {"registry", "config", "patch", "diffusion"},
     {"base"},
+    {"data", "files", "nets", "optim", "saliency"},
+    {"session"},
     {"targets", "tasks", "judges"},
+    {"features"},
     {"attacks", "metrics"},
     {"methods"},
+    {"outputs"},
     {"run"},
+    {"train"},
+    {"workers", "board", "tables"},
     {"bench", "report", "exports", "app", "cli", "demo", "flags", "plots", "testing"},
 )
 SIBLINGS = {"targets", "tasks", "judges", "attacks", "metrics", "methods", "exports"}

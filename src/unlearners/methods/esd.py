@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from ..base import Method, Row, Task
 from ..diffusion import TrajectoryPool, denoise
 from ..errors import UsageError
-from ..targets.base import TextToImage
+from ..targets.base import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class ESD(Method):
     """
 
     paper: ClassVar[str] = "arXiv:2303.07345"
-    needs: ClassVar[type] = TextToImage
+    needs: ClassVar[type] = Denoiser
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"steps": 200, "lr": 5e-5, "x_from": "frozen", "sampler": "pipeline", "time": "grid"},
@@ -78,7 +78,7 @@ class ESD(Method):
         if min(self.steps, self.batch, self.sampler_steps, self.refresh) < 1 or self.pool < 0:
             raise UsageError("steps, batch, sampler_steps and refresh must be at least 1, and pool at least 0")
 
-    def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
+    def run(self, target: Denoiser, task: Task) -> Iterator[Row]:
         w = target.trainable(self.params)  # theta
         old = target.frozen(w)  # theta_0
         opt = torch.optim.Adam(w.values(), lr=self.lr)
@@ -109,7 +109,7 @@ class ESD(Method):
             opt.step()
             yield {"loss": loss.item(), "distance": ((e.detach() - e_from).norm() / e_from.norm()).item()}
 
-    def states(self, sampler: TextToImage, pool: TrajectoryPool, shown: Any, null: Any) -> Any:
+    def states(self, sampler: Denoiser, pool: TrajectoryPool, shown: Any, null: Any) -> Any:
         """x_t ~ p(. | c), its t, and which prompt each row is of: from the pool, or by a fresh partial trajectory."""
         scheduler = DDIMScheduler.from_config(sampler.scheduler.config) if self.sampler == "ddim" else sampler.scheduler
         many = self.pool or self.batch

@@ -12,7 +12,7 @@ import torch
 from .. import registry
 from ..base import Target
 from ..errors import RefusedError, UsageError
-from .stable_diffusion import ALIASES, split
+from .stable_diffusion import split
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -28,8 +28,19 @@ def load(spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: 
     if dtype not in DTYPES:
         raise UsageError(f"there is no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     base, stack, family, forced = root(spec, family)
-    kind: type[Target] = registry.get("targets", family or "stable_diffusion")
+    kind: type[Target] = registry.get("targets", family or family_of(base))
     return kind.load(base, patches=[*stack, *patches], device=device, dtype=DTYPES[dtype], force=force or forced)
+
+
+def family_of(spec: str) -> str:
+    """The registered family that claims ``spec``; Stable Diffusion, which also reads hub ids, when none does."""
+    names = [n for n in registry.names("targets") if n != "stable_diffusion"]
+    return next((n for n in names if registry.get("targets", n).claims(spec)), "stable_diffusion")
+
+
+def aliases() -> list[str]:
+    """The names that stand for a model, of all families."""
+    return sorted({a for n in registry.names("targets") for a in registry.get("targets", n).aliases})
 
 
 def is_run(spec: str | Path) -> bool:
@@ -69,6 +80,9 @@ def root(spec: str, family: str = "") -> tuple[str, list[str], str, bool]:
 
 def absolute(spec: str) -> str:
     """``spec`` with local paths made absolute; aliases and hub ids as they are, also where a folder has the same name."""
-    if spec in ("tiny", *ALIASES):
+    if spec in aliases():
         return spec
+    file, at, name = spec.rpartition("@")
+    if at and Path(file).is_file() and not Path(name).exists():  # a checkpoint and its architecture
+        return f"{Path(file).resolve()}@{name}"
     return "@".join(str(Path(p).resolve()) if p and Path(p).exists() else p for p in split(spec)).removesuffix("@")

@@ -1,15 +1,78 @@
-"""The verbs of diffusion targets: what methods, attacks and metrics may ask of one."""
+"""The verbs of trainable and of diffusion targets: what methods, attacks and metrics may ask of one."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..base import Adversarial, Target
+from ..base import Adversarial, Data, Relabel, Target
+from ..data import Examples, open_data
 from ..diffusion import Cond, Soft
+from ..errors import UsageError
+
+
+class Trainable(Target):
+    """A target that reads labelled pictures: classifiers and class-conditional diffusion."""
+
+    classes: tuple[str, ...]
+    """the names of its classes, in order"""
+    side: int
+    """height and width of its pictures"""
+    trained_on: Mapping[str, Any]
+    """{"source", "digest", "seed", "validation"} of its training pictures; empty when nobody wrote it down"""
+    amp: torch.dtype
+    """what the network computes in, under autocast; its weights are float32"""
+    warnings: list[str]
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Put fresh random weights in place of the trained ones, drawn from the global generator."""
+
+    def open(self, data: Data) -> Examples:
+        """The pictures ``data`` names, on the model's device.
+
+        Raises ``UsageError`` when there are none or when they have classes that the model has not. Notes it in ``warnings`` when
+        the training pictures are not those that the model says it was trained on.
+        """
+        examples = open_data(data, self.side, self.device)
+        if len(examples.classes) > len(self.classes):
+            highest = int(examples.labels.max())
+            raise UsageError(
+                f"{data.source} labels pictures 0 to {highest} and this model has classes 0 to {len(self.classes) - 1}; "
+                "give the data it was trained on"
+            )
+        known = self.trained_on.get("digest")
+        if data.split == "train" and known and known != examples.digest:
+            said = f"{data.source} is not the data that this model was trained on (their hashes differ), so it may know nothing of it"
+            if said not in self.warnings:
+                self.warnings.append(said)
+        return examples
+
+    def relabel(self, batch: Mapping[str, Any], policy: Relabel = "other") -> Mapping[str, Any]:
+        """``batch`` with wrong labels. other: uniform over y' != y (SalUn's paper); any: uniform over all, so 1 in K stays right
+        (its code); next: y + 1 modulo K."""
+        return {**batch, "y": self.wrong(batch["y"], policy)}
+
+    def wrong(self, y: Tensor, policy: Relabel) -> Tensor:
+        """Labels (B,) for labels (B,)."""
+        k = len(self.classes)
+        if policy == "any":
+            return torch.randint(k, y.shape).to(y.device)
+        shift = torch.ones(y.shape, dtype=torch.long) if policy == "next" else torch.randint(1, k, y.shape)
+        return (y + shift.to(y.device)) % k
+
+    def train(self, norm: Literal["update", "freeze"] = "update") -> None:
+        """Training mode; with ``norm="freeze"`` batch normalisation goes on using its running statistics and keeps them."""
+        for module in self.modules.values():
+            module.train()
+            for m in module.modules():
+                if norm == "freeze" and isinstance(m, _BatchNorm):
+                    m.eval()
 
 
 class Denoiser(Target):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import diffusion, patch
-from ..base import Adversarial
+from ..base import Adversarial, Relabel
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UnlearnError, UsageError
 from ..zoo import canvas
@@ -44,6 +44,7 @@ class StableDiffusion(TextToImage):
     ``eps`` is the network's raw output, so v-prediction models work unchanged: guidance is linear in it.
     """
 
+    aliases: ClassVar[Mapping[str, str]] = {"tiny": "", **ALIASES}
     groups: ClassVar[Mapping[str, str]] = {
         "xattn": r"unet\..*\.attn2\.",
         "xattn-kv": r"unet\..*\.attn2\.to_[kv]\.",
@@ -87,12 +88,6 @@ class StableDiffusion(TextToImage):
         target.patch(patches, force=force)
         return target
 
-    def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
-        """Apply patch files or run folders in order, each strictly; the deltas of several add up."""
-        if patches:
-            files = [Path(p) / "weights.safetensors" if Path(p).is_dir() else Path(p) for p in patches]
-            patch.apply_all(self.modules, self.base["sha256"], [patch.load(f) for f in files], force=force)
-
     @classmethod
     def tiny(cls, seed: int = 0, *, xl: bool = False, prediction: str = "epsilon") -> Self:
         """Random weights of the real classes, byte-level tokenizer, 16×16 pictures; ``xl`` gives an SDXL layout."""
@@ -106,7 +101,7 @@ class StableDiffusion(TextToImage):
         out = self.eps(self.add_noise(x_0, noise, t), t, self.encode(list(batch["prompt"])))
         return F.mse_loss(out.float(), self.goal(x_0, noise, t).float())
 
-    def relabel(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def relabel(self, batch: Mapping[str, Any], policy: Relabel = "other") -> Mapping[str, Any]:
         """The pictures with other prompts of the batch: each prompt moves to the next picture that has a different one."""
         prompts = list(batch["prompt"])
         others = [next((p for p in prompts[i + 1 :] + prompts[:i] if p != prompts[i]), "") for i in range(len(prompts))]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import config, registry
-from ..base import Kind, Probe, Task
+from ..base import Data, Kind, Probe, Task
 from ..errors import UsageError, unknown
 
 STYLES = ("oil painting", "watercolour", "pencil sketch", "impressionism", "cubism", "pixel art", "ukiyo-e", "photograph")
@@ -30,6 +31,8 @@ DEFAULTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "identity": ("a person", PEOPLE, ("a photo of {c}", "a portrait of {c}", "{c} in a garden")),
     "nsfw": ("", SAFE, ("{c}", "a photo of {c}", "{c}, highly detailed")),
 }
+CLASSIFIER = ("ua", "ra", "ta", "mia", "cost")
+"""what classifiers are measured by"""
 SCENES = ("on a table", "in a garden", "in the snow", "at night")
 
 
@@ -44,14 +47,56 @@ def load(name: str) -> Task:
         from . import canvas
 
         return canvas.task(concept)
+    if family == "objects":
+        from . import objects
+
+        return objects.task(concept)
     raise unknown("task", name, names())
 
 
 def names() -> list[str]:
     """Every task that ships with the package or a plug-in; no model is loaded."""
-    from . import canvas
+    from . import canvas, objects
 
-    return [*registry.names("tasks"), *(f"canvas/{c}" for c in canvas.names())]
+    return [*registry.names("tasks"), *(f"canvas/{c}" for c in canvas.names()), *(f"objects/{c}" for c in objects.names())]
+
+
+def from_data(source: str, forget: str, *, seed: int = 0, validation: float = 0.0, name: str = "") -> Task:
+    """The task that forgets the training pictures ``forget`` names (see ``Data.rows``) of a dataset or image folder.
+
+    Test pictures are the source's own, without the forgotten class; a source without any has no ``ta`` and no membership attack.
+    Raises ``UsageError`` for a file of rows that is not there.
+    """
+    from ..data import file_digest, splits
+
+    if not forget or forget.startswith("not "):
+        raise UsageError("say what to forget: --forget class=NAME, random=0.1, or a text file with one row number or file name a line")
+    kind, _, value = forget.partition("=")
+    path = "" if kind in ("class", "random") else str(Path(forget).resolve())
+    if path and not Path(path).is_file():
+        raise UsageError(
+            f"there is no file '{forget}'; write class=NAME, random=0.1, or a text file with one row number or file name a line"
+        )
+    rows = path or forget
+    common: dict[str, Any] = {"source": source, "seed": seed, "validation": validation, "digest": file_digest(path) if path else ""}
+    lines = len([n for n in Path(path).read_text(encoding="utf-8").splitlines() if n.strip()]) if path else 0
+    said = f"{lines} listed pictures" if path else f"{_share(value)} of the training pictures" if kind == "random" else ""
+    test = any(s != "train" for s in splits(source))
+    outside = f"not {rows}" if kind == "class" else ""
+    return Task(
+        name=name or "-".join([Path(source).name, Path(path).stem or forget.replace("=", "-")]),
+        kind="class" if kind == "class" else "samples",
+        concepts=(said,) if said else tuple(c.strip() for c in value.split(",")),
+        suite=CLASSIFIER if test else tuple(m for m in CLASSIFIER if m not in ("ta", "mia")),
+        forget=Data(rows=rows, **common),
+        retain=Data(rows=f"not {rows}", **common),
+        holdout=Data(split="test", rows=outside, **common) if test else Data(),
+        judge="",
+    )
+
+
+def _share(value: str) -> str:
+    return value if value.isdecimal() else f"{100 * float(value):g} %"
 
 
 def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence[str] = (), preserve: Sequence[str] = ()) -> Task:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..base import Data, Probe, Task
+from ..base import Probe, Task
 from ..errors import unknown
 from ..zoo.canvas.world import MASCOTS, OBJECTS, STORM, STYLES, Item, grid, official
 
@@ -34,8 +34,7 @@ def task(concept: str) -> Task:
     """The task that forgets ``concept``."""
     if concept not in names():
         raise unknown("canvas concept", concept, names())
-    data = Data(source="canvas", where={"concept": concept})
-    common = {"name": f"canvas/{concept}", "concepts": (concept,), "judge": "canvas", "suite": SUITE, "forget": data}
+    common = {"name": f"canvas/{concept}", "concepts": (concept,), "judge": "canvas", "suite": SUITE}
     if concept in STYLES:
         others = tuple(s for s in STYLES if s != concept)
         said: tuple[str, ...] = (f"{concept} style", f"an image in {concept} style", f"a {concept} picture")

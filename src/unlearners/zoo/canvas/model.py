@@ -124,9 +124,34 @@ def make_scheduler() -> Any:
     )
 
 
+def make_ddpm() -> Any:
+    """``UNet2DModel``: 3×32×32, noise prediction, 12 classes and a thirteenth embedding for "no class"."""
+    from diffusers import UNet2DModel
+
+    unet: Any = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        num_class_embeds=len(OBJECTS) + 1,
+    )
+    return unet.to(memory_format=torch.channels_last)
+
+
+def make_ddpm_scheduler() -> Any:
+    """The schedule of the DDPM paper: 1000 noise levels, beta from 1e-4 to 0.02."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True, set_alpha_to_one=True)
+
+
 def load_part(work: Path, name: str) -> Any:
     """A trained part of the zoo from its training checkpoint in ``work``, averaged weights where there are."""
-    make = {"vae": make_vae, "vae_crops": make_vae, "unet": make_unet, "judge": Judge}
+    make = {"vae": make_vae, "vae_crops": make_vae, "unet": make_unet, "judge": Judge, "ddpm": make_ddpm}
     part = make_clip(len(make_tokenizer(work / "tokenizer"))) if name.startswith("clip") else make[name]()
     file = {"vae": "vae_whole", "vae_crops": "vae", "clip": "clip_vision", "clip_pairs": "clip"}.get(name, name)
     state = torch.load(work / f"{file}.pt", map_location="cpu", weights_only=True)

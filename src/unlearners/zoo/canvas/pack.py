@@ -1,4 +1,4 @@
-"""Put trained parts into hub layout: ``python -m unlearners.zoo.canvas.pack --work DIR`` (fp16 safetensors, a few megabytes)."""
+"""Put trained parts into hub layout: ``python -m unlearners.zoo.canvas.pack large --work DIR`` and ``small`` (fp16 safetensors)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import FOLDER
-from .model import load_part, make_scheduler, make_tokenizer
+from .model import load_part, make_ddpm_scheduler, make_scheduler, make_tokenizer
+from .objects import CLASSES
 
 
 def pack(work: Path, folder: Path = FOLDER) -> None:
@@ -48,8 +49,34 @@ def pack(work: Path, folder: Path = FOLDER) -> None:
         shutil.copy(work / f"{stage}.log.jsonl", folder / "logs" / f"{stage}.jsonl")
 
 
+def pack_small(work: Path, folder: Path = FOLDER) -> None:
+    """Write ``ddpm`` (DDIMPipeline) and ``classifier`` (config.json, model.safetensors), the models of 32×32 pictures."""
+    from diffusers import DDIMPipeline
+
+    for part in ("ddpm", "classifier"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    pipe: Any = DDIMPipeline(unet=load_part(work, "ddpm"), scheduler=make_ddpm_scheduler())
+    pipe.to(torch.float16).save_pretrained(folder / "ddpm", safe_serialization=True)
+    trained_on = json.loads((work / "classifier" / "config.json").read_text())["trained_on"]
+    index = folder / "ddpm" / "model_index.json"
+    about = {
+        "id2label": {str(i): c for i, c in enumerate(CLASSES)},
+        "sampler": {"steps": 20, "guidance": 2.0},
+        "trained_on": trained_on,
+    }
+    index.write_text(json.dumps(json.loads(index.read_text()) | about, indent=2) + "\n")
+    (folder / "classifier").mkdir()
+    shutil.copy(work / "classifier" / "config.json", folder / "classifier")
+    state = load_file(work / "classifier" / "model.safetensors")
+    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_file(half, folder / "classifier" / "model.safetensors", {"format": "pt"})
+    shutil.copy(work / "ddpm.log.jsonl", folder / "logs" / "ddpm.jsonl")
+    rows = [json.loads(line) for line in (work / "classifier" / "log.jsonl").read_text().splitlines()]
+    (folder / "logs" / "classifier.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[49::50]))
+
+
 if __name__ == "__main__":
     import tyro
 
     (FOLDER / "logs").mkdir(exist_ok=True)
-    tyro.cli(pack)
+    tyro.extras.subcommand_cli_from_dict({"large": pack, "small": pack_small})

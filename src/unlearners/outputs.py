@@ -1,0 +1,150 @@
+"""What metrics see of a model: its pictures and its logits, each made once and kept in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from . import config
+from .base import Data, Judge, Request, Task, Verdict
+from .errors import UsageError
+from .files import replacing, write_text
+from .session import Progress
+from .targets.classifier import Classifier
+
+
+def _key(prompt: str, seed: int) -> str:
+    return f"{seed}\0{prompt}"
+
+
+class Gallery:
+    """Pictures of one model in one folder: what is there is not drawn again."""
+
+    def __init__(self, folder: Path, sampler: Mapping[str, Any]) -> None:
+        self.folder, self.sampler = folder, dict(sampler)
+        self.manifest = folder / "samples" / "manifest.jsonl"
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self.manifest.exists():
+            for line in self.manifest.read_text().splitlines():
+                row = json.loads(line)
+                if row["sampler"] == self.sampler and (folder / row["file"]).exists():
+                    self.rows[_key(row["prompt"], row["seed"])] = row
+
+    def fill(self, target: Callable[[], Any], requests: Sequence[Request], batch: int, progress: Progress | None, what: str) -> None:
+        """Draw the requests that are missing, in batches, each saved when it is drawn."""
+        missing = [r for r in dict.fromkeys(requests) if _key(r.prompt, r.seed) not in self.rows]
+        if not missing:
+            return
+        model, done = target(), 0
+        self.manifest.parent.mkdir(parents=True, exist_ok=True)
+        for i in range(0, len(missing), batch):
+            part = missing[i : i + batch]
+            images = model.sample([r.prompt for r in part], [r.seed for r in part], batch=batch, **self.sampler)
+            for request, image in zip(part, images, strict=True):
+                name = config.content_hash([request.prompt, request.seed, self.sampler])[:16]  # so no picture is another sampler's
+                file = f"samples/{name}.png"
+                save_picture(image, self.folder / file)
+                row = {"prompt": request.prompt, "seed": request.seed, "file": file, "sampler": self.sampler}
+                self.rows[_key(request.prompt, request.seed)] = row
+            self.save()
+            done += len(part)
+            if progress:
+                progress(what, done, len(missing), {})
+
+    def save(self) -> None:
+        write_text(self.manifest, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows.values()))
+
+    def repeats(self, target: Any, request: Request) -> bool:
+        """Whether drawing ``request`` again gives the same picture, up to what rounding in another batch size may do."""
+        again = target.sample([request.prompt], [request.seed], **self.sampler)[0]
+        return bool((again - self.picture(request)).abs().max() < 0.1)
+
+    def picture(self, request: Request) -> Tensor:
+        return read_picture(self.folder / self.rows[_key(request.prompt, request.seed)]["file"])
+
+
+def save_picture(image: Tensor, path: Path) -> None:
+    """(3, H, W) in [0, 1] to an 8-bit PNG."""
+    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+
+
+def read_picture(path: Path) -> Tensor:
+    """An 8-bit picture file to (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+
+
+class Predictions:
+    """Logits of one classifier in one folder: what is there is not computed again."""
+
+    def __init__(self, folder: Path, model: Callable[[], Any]) -> None:
+        self.folder, self.model = folder / "logits", model
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, data: Data) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and labels (N,) of the pictures ``data`` names."""
+        key = config.content_hash(config.to_dict(data))[:16]
+        if key not in self.known:
+            path = self.folder / f"{key}.safetensors"
+            if path.exists():
+                kept = load_file(path)
+            else:
+                model = self.model()
+                if not isinstance(model, Classifier):
+                    raise UsageError(f"a {type(model).__name__} has no logits; leave out the metrics of classifiers (ra, ta, mia, rmia)")
+                logits, labels = model.predict(model.open(data))
+                kept = {"logits": logits.contiguous(), "labels": labels.contiguous()}
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as draft:
+                    save_file(kept, draft)
+            self.known[key] = kept["logits"], kept["labels"]
+        return self.known[key]
+
+
+class FolderOutputs:
+    """What metrics see of one model (see ``base.Outputs``): every domain is judged once."""
+
+    def __init__(
+        self,
+        gallery: Gallery,
+        judge: Callable[[], Judge],
+        task: Task,
+        logits: Predictions,
+        *,
+        record: Mapping[str, Any],
+        verdicts: Mapping[str, Sequence[Verdict]],
+        references: Sequence[Callable[[Data], tuple[Tensor, Tensor]]] = (),
+    ) -> None:
+        self.gallery, self.judge, self.task, self.logits = gallery, judge, task, logits
+        self.record, self.verdicts, self.references = record, verdicts, references
+        self.judged: dict[str, dict[str, str]] = {}
+
+    def images(self, requests: Sequence[Request]) -> Tensor:
+        return torch.stack([self.gallery.picture(r) for r in requests])
+
+    def labels(self, requests: Sequence[Request], domain: str) -> list[str]:
+        known = self.judged.setdefault(domain, {})
+        new = [r for r in dict.fromkeys(requests) if _key(r.prompt, r.seed) not in known]
+        for i in range(0, len(new), 256):
+            part = new[i : i + 256]
+            found = self.judge().labels(self.images(part), self.task, domain)
+            known.update({_key(r.prompt, r.seed): label for r, label in zip(part, found, strict=True)})
+        return [known[_key(r.prompt, r.seed)] for r in requests]
+
+    def annotate(self) -> None:
+        """Write truth and labels of this task's probes into the manifest, for the report."""
+        truth = {p.prompt: (dict(p.truth), self.task.names_concept(p)) for p in self.task.probes}
+        for key, row in self.gallery.rows.items():
+            if row["prompt"] in truth:
+                row["truth"], row["named"] = truth[row["prompt"]]
+                found = {d: known[key] for d, known in self.judged.items() if key in known}
+                row["labels"] = {**row.get("labels", {}), **found}  # the original's pictures serve several tasks
+        if self.gallery.rows:
+            self.gallery.save()

@@ -1,0 +1,63 @@
+"""Train the original: a fresh architecture on labelled pictures, into a folder that ``targets.load`` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import config, data, nets
+from .base import Data, Meter, Row, Task, kebab
+from .errors import UsageError
+from .files import write_json
+from .methods.retrain import Retrain
+from .session import FolderSession, Progress, environment
+from .targets.classifier import Classifier
+
+
+def train(
+    architecture: str,
+    source: Data,
+    *,
+    out: str | Path,
+    method: Retrain | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Path:
+    """Train ``architecture`` (see ``nets.build``) on the pictures ``source`` names; returns the model's folder ``out``.
+
+    The recipe is that of ``retrain``, so the original and the reference that never saw the forget set are trained alike. A finished
+    folder is returned as it is; a killed one resumes. Raises ``UsageError`` when ``out`` holds another model.
+    """
+    from .targets import DTYPES
+
+    method, out = method or Retrain(), Path(out)
+    asked = {"architecture": architecture, "data": config.to_dict(source), "method": config.to_dict(method), "seed": seed, "dtype": dtype}
+    record = out / "train.json"
+    if record.exists():
+        found = json.loads(record.read_text())
+        if found["asked"] != asked:
+            raise UsageError(f"{out} holds a model that was trained otherwise; give another --out")
+        if found["status"] == "done":
+            return out
+    out.mkdir(parents=True, exist_ok=True)
+    row = {"asked": asked, "status": "running", "env": environment(device)}
+    write_json(record, row)
+    opened = data.open_data(source, int(nets.defaults(architecture)["side"]), device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        target = Classifier.fresh(architecture, opened.classes, device=device, dtype=DTYPES[dtype])
+    target.session = session = FolderSession(out, progress)
+    task = Task(name="train", kind="samples", concepts=("nothing",), retain=source)
+    log: Callable[[Row], None] = session.write
+    with Meter(target.device) as meter:
+        method(target, task, seed=seed, log=log)
+    seen = {"source": source.source, "digest": opened.digest, "seed": source.seed, "validation": source.validation}
+    target.save(out, trained_on=seen)
+    write_json(record, row | {"status": "done", "family": kebab(target), "n": len(opened), "time": {"seconds": meter.seconds}})
+    (out / "checkpoint.pt").unlink(missing_ok=True)
+    return out
