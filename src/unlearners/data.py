@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 from .base import Data
 from .errors import UsageError, unknown
 
-Augment = Literal["crop-flip", "none"]
+Augment = Literal["crop-flip", "flip"]
 HOMES = ("data", "../data", "../shared/data")
 """where a local copy of a hub dataset is looked for, unless UNLEARNERS_DATA names other folders"""
 MEMORY = 8 * 2**30  # bytes of decoded pictures that are kept; above that they are decoded batch by batch
@@ -43,6 +43,8 @@ class Examples:
     source: Source
     indices: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    augmentation: Augment = "crop-flip"
+    """what a training batch goes through: a classifier is to stand shifts, a generator would learn to draw their borders"""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -76,9 +78,9 @@ class Examples:
         return self.source.pictures[at.to(self._home)].to(self.device), self.source.labels[at].to(self.device)
 
     def batch(self, rows: Tensor, augment: bool = False) -> dict[str, Tensor]:
-        """{"x": (B, 3, H, W) in [0, 1], "y": (B,), "rows": (B,)}; ``augment``: random crop from a border of 1/8, and a flip."""
+        """{"x": (B, 3, H, W) in [0, 1], "y": (B,), "rows": (B,)}; ``augment`` changes the pictures at random."""
         x, y = self.raw(rows)
-        return {"x": shifted(x) if augment else tidy(x), "y": y, "rows": rows}
+        return {"x": shifted(x, crop=self.augmentation == "crop-flip") if augment else tidy(x), "y": y, "rows": rows}
 
     def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
         """Every picture once, in order, as it is."""
@@ -119,10 +121,10 @@ def tidy(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).float().div_(255)
 
 
-def shifted(x: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to floats in [0, 1], moved by up to an eighth of the side over a black border and mirrored at random."""
+def shifted(x: Tensor, crop: bool = True) -> Tensor:
+    """uint8 (B, 3, H, W) to floats in [0, 1], mirrored at random, and with ``crop`` moved by up to an eighth over a black border."""
     b, _, h, w = x.shape
-    pad = max(1, h // 8)
+    pad = h // 8 if crop else 0
     x = torch.nn.functional.pad(x, (pad,) * 4)
     down, right, flip = torch.randint(2 * pad + 1, (2, b)).unbind() + (torch.rand(b) < 0.5,)  # noqa: RUF005
     rows = down[:, None] + torch.arange(h)  # (B, H)
@@ -134,7 +136,7 @@ def shifted(x: Tensor) -> Tensor:
 
 
 # --- opening ------------------------------------------------------------------------------------------------------
-def open_data(data: Data, size: int, device: torch.device | str = "cpu") -> Examples:
+def open_data(data: Data, size: int, device: torch.device | str = "cpu", augmentation: Augment = "crop-flip") -> Examples:
     """The pictures that ``data`` names, ``size`` × ``size``.
 
     Raises ``UsageError`` for a source, split, class or row that is not there, and for a choice that takes nothing or leaves nothing.
@@ -148,7 +150,7 @@ def open_data(data: Data, size: int, device: torch.device | str = "cpu") -> Exam
         if inverse:
             raise UsageError(f"'{inverse}' is the whole of {data.source}'s {data.split} pictures, so nothing would be left; name fewer")
         raise UsageError(f"'{data.rows}' picks no {data.split} picture of {data.source}; name at least one")
-    return Examples(source, chosen, torch.device(device))
+    return Examples(source, chosen, torch.device(device), augmentation)
 
 
 def part(data: Data, size: int) -> tuple[Source, Tensor]:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 Plain = dict[str, Any]
 
 SCHEMA = 1
-RATES = {"ua", "ira", "cra", "asr", "pre_asr"}
+RATES = {"ua", "ra", "ta", "mia", "rmia", "ira", "cra", "asr", "pre_asr"}
+UNCHANGED = 0.1  # points of forget accuracy
 CHECKED = 200  # pictures opened to look for flat ones; a protocol FID has 10,000
 
 
@@ -56,6 +57,18 @@ class Record:
     def axis(self) -> str:
         """The domain that is judged for forgetting."""
         return str(self.task.get("domain") or self.task["kind"])
+
+    @property
+    def classified(self) -> bool:
+        """Whether the run is about a classifier, which draws nothing."""
+        return bool(self.run.get("family") == "classifier")
+
+    @property
+    def request(self) -> tuple[str, str]:
+        """What was asked for apart from the method: runs with the same one can be compared with one another."""
+        run = self.run["run"]
+        parts = {name: run.get(name) for name in ("target", "seed", "patches")} | {"task": self.task["name"]}
+        return json.dumps(parts, sort_keys=True), json.dumps(self.task.get("forget"), sort_keys=True)
 
     def result(self, metric: str) -> Plain | None:
         """The row of a metric, if it was measured."""
@@ -162,10 +175,10 @@ def flags(folder: str | Path) -> list[str]:
     return doubts(read(folder))
 
 
-def doubts(record: Record) -> list[str]:
-    """As ``flags``, of a folder that has been read."""
-    checks = (unfinished, weights, strange_numbers, strange_pictures, sampling, blind_judge, forget, retain, attack_order, small)
-    return [sentence for check in checks for sentence in check(record)]
+def doubts(record: Record, retrained: Record | None = None) -> list[str]:
+    """As ``flags``, of a folder that has been read. ``retrained``: the same request met by retraining, where it is known."""
+    checks = (unfinished, warned, weights, strange_numbers, strange_pictures, sampling, blind_judge, forget, retain, attack_order, small)
+    return [*(sentence for check in checks for sentence in check(record)), *collapse(record, retrained)]
 
 
 def unfinished(record: Record) -> Iterable[str]:
@@ -174,6 +187,12 @@ def unfinished(record: Record) -> Iterable[str]:
         yield f"The run failed ({record.run.get('error') or 'no error was recorded'}), so nothing here describes a finished erasure."
     elif status != "done":
         yield "The run has not finished, so nothing here describes a finished erasure."
+
+
+def warned(record: Record) -> Iterable[str]:
+    """What the run itself noted, such as data that the model was not trained on."""
+    for said in record.run.get("warnings") or ():
+        yield f"{said[:1].upper()}{said[1:].removesuffix('.')}."
 
 
 def weights(record: Record) -> Iterable[str]:
@@ -247,7 +266,11 @@ def sampling(record: Record) -> Iterable[str]:
 
 def blind_judge(record: Record) -> Iterable[str]:
     detected = detection(record)
-    if detected is not None and detected < 50:
+    if detected is None or detected >= 50:
+        return
+    if record.classified:
+        yield f"The original model names only {detected:.1f} % of the forget set right, so there was little to forget."
+    else:
         yield f"The judge finds the concept in only {detected:.1f} % of the original's pictures of it, so not finding it later says little."
 
 
@@ -270,9 +293,14 @@ def change(record: Record, metric: str) -> float | None:
 
 
 def forget(record: Record) -> Iterable[str]:
-    risen = change(record, "ua")
-    if risen is not None and risen < 10:
-        yield f"Forgetting hardly changed: unlearning accuracy (ua) moved by {risen:+.1f} points."
+    risen, row = change(record, "ua"), record.result("ua")
+    if risen is None or row is None or record.method["name"] == "original":
+        return
+    if record.task["kind"] != "samples":
+        if risen < 10:
+            yield f"Forgetting hardly changed: unlearning accuracy (ua) moved by {risen:+.1f} points."
+    elif record.method["name"] != "retrain" and abs(risen) <= max(UNCHANGED, 101 / row["n"]):  # one picture
+        yield f"The accuracy on the forget set is as before (ua moved by {risen:+.2f} points), so the method may have done nothing."
 
 
 def retain(record: Record) -> Iterable[str]:
@@ -280,6 +308,18 @@ def retain(record: Record) -> Iterable[str]:
         moved = change(record, metric)
         if moved is not None and moved < -15:
             yield f"Retained knowledge collapsed: accuracy on {words} fell by {-moved:.1f} points."
+
+
+def collapse(record: Record, retrained: Record | None) -> Iterable[str]:
+    """Remaining accuracy below half of what it was, or of what retraining leaves."""
+    row, other = record.result("ra"), retrained.result("ra") if retrained else None
+    if not row or not finite(row["value"]):
+        return
+    for words, known in (("of the original", row.get("before")), ("of retraining", other)):
+        if known and finite(known["value"]) and row["value"] < known["value"] / 2:
+            now, then = f"{row['value']:.1f} %", f"{known['value']:.1f} %"
+            yield f"Retained knowledge collapsed: remaining accuracy (ra) is {now}, less than half {words} ({then})."
+            return
 
 
 def attack_order(record: Record) -> Iterable[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import plots
+from . import plots, registry
 from .errors import UsageError, unknown
 from .flags import Plain, Record, detection, doubts, finite, inside, is_rate, key, opened, read
 
@@ -27,13 +27,20 @@ MEANINGS = {
     "ira": "pictures of other things of the same domain that are still right",
     "cra": "pictures judged in other domains that are still right",
     "clip_score": "agreement of picture and prompt",
+    "ra": "training pictures that were kept and are still right",
+    "ta": "test pictures that are right",
+    "mia": "pictures of the forget set that an attacker takes for never trained on",
+    "rmia": "how well a stronger attacker tells the forget set from unseen pictures; auc 50 is not at all",
     "fid": "distance to the reference pictures",
+    "kid": "distance to the reference pictures, also fair for few",
     "asr": "prompts for which the attack brings the concept back, plain prompts that already show it included",
     "pre_asr": "plain prompts that already show the concept, before any attack",
     "cost": "what the erasure took",
 }
-NOUNS = {"style": "style", "object": "object", "identity": "identity", "nsfw": "sensitive concept"}
-PLURALS = {"style": "styles", "object": "objects", "identity": "identities", "nsfw": "sensitive concepts"}
+CLASSIFIED = {"ua": "pictures of the forget set that are no longer right"}  # other meanings where nothing is drawn
+GAPPED = ("ua", "ra", "ta", "mia")  # what Avg. Gap is taken over (Fan et al., SalUn, ICLR 2024)
+NOUNS = {"style": "style", "object": "object", "identity": "identity", "nsfw": "sensitive concept", "class": "class"}
+PLURALS = {"style": "styles", "object": "objects", "identity": "identities", "nsfw": "sensitive concepts", "class": "classes"}
 
 
 def report(folders: Sequence[str | Path], *, images: bool | None = None) -> Path:
@@ -80,12 +87,13 @@ def runs(folder: Path) -> list[Path]:
 def page(records: Sequence[Record], place: Path, images: bool | None) -> Path:
     """Write report.html and results.csv about ``records`` into the folder ``place``; returns the HTML's path."""
     short = len(records) > 1
+    beside = retrained(records) if short else {}
     text = template("report.html.j2", escape=True).render(
-        runs=[view(record, images=images, short=short, place=place) for record in records],
+        runs=[view(record, beside.get(record.request), images=images, short=short, place=place) for record in records],
         comparison=comparison(records) if short else None,
     )
     (place / "report.html").write_text(text.lstrip(), encoding="utf-8")
-    rows = {json.dumps(row): row for record in records for row in csv_rows(record)}  # runs share the original's rows
+    rows = {json.dumps(row): row for record in records for row in csv_rows(record, beside.get(record.request))}  # shared: the original's
     (place / "results.csv").write_text(as_csv(list(rows.values()), COLUMNS), encoding="utf-8", newline="")
     return place / "report.html"
 
@@ -103,8 +111,9 @@ def template(name: str, *, escape: bool) -> Any:
 
 
 # --- what a page says about one run -------------------------------------------------------------------------------
-def view(record: Record, *, images: bool | None, short: bool, place: Path) -> Plain:
-    """Everything the HTML shows of a run. ``short``: fewer pictures, for a page with several runs in the folder ``place``."""
+def view(record: Record, beside: Record | None = None, *, images: bool | None, short: bool, place: Path) -> Plain:
+    """Everything the HTML shows of a run. ``short``: fewer pictures, for a page with several runs in the folder ``place``; ``beside``
+    is the same request met by retraining."""
     from markupsafe import Markup
 
     run, task = record.run["run"], record.task
@@ -125,11 +134,12 @@ def view(record: Record, *, images: bool | None, short: bool, place: Path) -> Pl
         "status": record.run["status"],
         "error": record.run.get("error") or "",
         "title": f"{join(task['concepts'])} · {run['target']} · {record.method['name']}",
+        "classified": record.classified,
         "summary": summary(record),
-        "flags": doubts(record),
+        "flags": doubts(record, beside),
         "facts": facts(record),
         "fields": flatten(fields(record.method)),
-        "results": [result(row) for row in record.results],
+        "results": [result(row, record.classified) for row in record.results],
         "left_out": left_out,
         "named": grid(record, spread(record, named=True, most=NAMED // 2 if short else NAMED)) if shown else [],
         "others": grid(record, spread(record, named=False, most=OTHERS // 2 if short else OTHERS)) if shown else [],
@@ -154,36 +164,67 @@ def trimmed(weights: Plain | None) -> Plain | None:
 
 def summary(record: Record) -> str:
     """One sentence in words: what was erased, how well, at what price."""
-    task, kind = record.task, record.task["kind"]
-    nouns = NOUNS if len(task["concepts"]) == 1 else PLURALS
     method = record.method["name"].upper() if len(record.method["name"]) < 5 else record.method["name"]
-    what = f"the {nouns.get(kind, kind)} {join(task['concepts'])} from {record.run['run']['target']} with {method}"
+    what = f"{thing(record.task)} from {record.run['run']['target']} with {method}"
     if record.run["status"] == "failed":
         return f"Erasing {what} failed: {record.run.get('error') or 'no error was recorded'}"
     if record.run["status"] != "done":
         return f"Erasing {what} has not finished."
+    said = classified(record) if record.classified else pictured(record)
+    return f"Erased {what}: {', '.join(said)}." if said else f"Erased {what}; nothing has been measured yet."
+
+
+def thing(task: Plain) -> str:
+    """What a task forgets: the style neon; the classes cat and dog; 10 % of the training pictures."""
+    if task["kind"] == "samples":
+        return join(task["concepts"])
+    nouns = NOUNS if len(task["concepts"]) == 1 else PLURALS
+    return f"the {nouns.get(task['kind'], task['kind'])} {join(task['concepts'])}"
+
+
+def pictured(record: Record) -> list[str]:
+    """What is said of a model that draws."""
     said = []
     if (row := record.result("ua")) and finite(row["value"]):
         said.append(f"{row['value']:.1f} % of pictures no longer show it")
     for metric, words in (("ira", f"other {PLURALS.get(record.axis, record.axis + ' prompts')}"), ("cra", "other domains")):
         if (row := record.result(metric)) and finite(row["value"]):
-            before = row.get("before")
-            was = f" (before: {before['value']:.1f} %)" if before and finite(before["value"]) else ""
-            said.append(f"{row['value']:.1f} % are still right for {words}{was}")
+            said.append(f"{row['value']:.1f} % are still right for {words}{was(row)}")
     rates = [row for row in record.results if row["metric"].startswith("asr/") and finite(row["value"])]
     if rates:
         worst = max(rates, key=lambda row: float(row["value"]))
         said.append(f"the attack {worst['metric'].removeprefix('asr/')} brings it back for {worst['value']:.1f} % of prompts")
-    return f"Erased {what}: {', '.join(said)}." if said else f"Erased {what}; nothing has been measured yet."
+    return said
+
+
+def classified(record: Record) -> list[str]:
+    """What is said of a classifier."""
+    words = {
+        "ua": "of the forget set are no longer right",
+        "ra": "of the kept training pictures are right",
+        "ta": "of the test pictures are right",
+        "mia": "of the forget set look to an attacker as if never trained on",
+    }
+    rows = [(row, text) for metric, text in words.items() if (row := record.result(metric)) and finite(row["value"])]
+    return [f"{row['value']:.2f} % {text}{was(row, 2)}" for row, text in rows]
+
+
+def was(row: Plain, digits: int = 1) -> str:
+    """The value before, in brackets."""
+    before = row.get("before")
+    return f" (before: {before['value']:.{digits}f} %)" if before and finite(before["value"]) else ""
 
 
 def facts(record: Record) -> list[tuple[str, str]]:
     """(name, value) of what was erased and how."""
     run, task = record.run["run"], record.task
-    rows = [
-        ("Concepts", ", ".join(task["concepts"])),
-        ("Anchors", ", ".join(task.get("anchors") or ()) or "none (the empty prompt)"),
-        ("Preserved", ", ".join(task.get("preserve") or ()) or "none named"),
+    data = forgotten(record)
+    rows = [("Concepts", ", ".join(task["concepts"])), *data]
+    if task.get("anchors") or not data:
+        rows.append(("Anchors", ", ".join(task.get("anchors") or ()) or "none (the empty prompt)"))
+    if task.get("preserve") or not data:
+        rows.append(("Preserved", ", ".join(task.get("preserve") or ()) or "none named"))
+    rows += [
         ("Kind", task["kind"] if record.axis == task["kind"] else f"{task['kind']}, judged in the domain {record.axis}"),
         ("Task", task["name"]),
         ("Target", run["target"]),
@@ -192,6 +233,21 @@ def facts(record: Record) -> list[tuple[str, str]]:
         ("Precision", str(run.get("dtype", "float32"))),
     ]
     return rows + ([("Patches before it", ", ".join(run["patches"]))] if run.get("patches") else [])
+
+
+def forgotten(record: Record) -> list[tuple[str, str]]:
+    """(name, value) of the data that were forgotten, kept and tested on; [] for a task without data."""
+    found, rows = record.run.get("data") or {}, []
+    for name, part, count in (("Forget set", "forget", "forget"), ("Kept", "retain", "retain"), ("Tested on", "holdout", "")):
+        data = record.task.get(part) or {}
+        if data.get("source"):
+            number = f"{found[count]} pictures: " if found.get(count) else ""
+            rows.append((name, f"{number}{data.get('rows') or 'all'} of {data['source']}, {data.get('split', 'train')}"))
+    split = record.task.get("forget") or {}
+    if rows:
+        held = f", {100 * split['validation']:g} % of each class held back for validation" if split.get("validation") else ""
+        rows.append(("Split", f"seed {split.get('seed', 0)}{held}"))
+    return rows
 
 
 def fields(part: Mapping[str, Any]) -> Plain:
@@ -232,6 +288,8 @@ def provenance(record: Record) -> list[tuple[str, str]]:
     base, weights, sampler = record.run.get("base") or {}, record.run.get("weights") or {}, record.evaluation.get("sampler") or {}
     rows = [("Base", f"{base.get('name', '')} {base.get('revision') or ''}".strip())]
     rows += [(f"SHA-256 of base {component}", digest) for component, digest in (base.get("sha256") or {}).items()]
+    rows += [("SHA-256 of the training data", (record.run.get("data") or {}).get("digest") or "")]
+    rows += [("SHA-256 of the list of rows", (record.task.get("forget") or {}).get("digest") or "")]
     if weights.get("sha256"):
         rows += [(f"SHA-256 of {weights.get('file', 'weights.safetensors')}", weights["sha256"])]
         rows += [("Tensors changed", f"{weights['tensors']} ({weights.get('outside', 0)} outside the selection)")]
@@ -242,63 +300,116 @@ def provenance(record: Record) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def result(row: Plain) -> Plain:
-    """One line of the before and after table."""
-    before, rate = row.get("before"), is_rate(row)
-    stem = row["metric"].partition("/")[0]
+def meaning(metric: str, classified: bool) -> str:
+    """What a metric counts, in words; "" when it is not ours."""
+    stem = metric.partition("/")[0]
+    return (CLASSIFIED if classified else {}).get(stem) or MEANINGS.get(stem, "")
+
+
+def result(row: Plain, classified: bool) -> Plain:
+    """One line of the before and after table. Accuracies of classifiers differ in the second decimal."""
+    before, rate, digits = row.get("before"), is_rate(row), 2 if classified else 1
     return {
         "metric": row["metric"],
-        "meaning": MEANINGS.get(stem, ""),
+        "meaning": meaning(row["metric"], classified),
         "higher": row["higher_is_better"],
-        "before": cell(row["metric"], before, rate) if before else None,
-        "after": cell(row["metric"], row, rate),
-        "change": arrow(row, rate),
+        "before": cell(row["metric"], before, rate, digits) if before else None,
+        "after": cell(row["metric"], row, rate, digits),
+        "change": arrow(row, rate, digits, neutral=classified and row["metric"] in GAPPED),
     }
 
 
-def cell(metric: str, row: Plain, rate: bool) -> Plain:
+def cell(metric: str, row: Plain, rate: bool, digits: int = 1) -> Plain:
     """A value with its interval and count, as text and exactly."""
     if metric.startswith("cost/") and finite(row["value"]):
-        text = duration(row["value"]) if metric == "cost/seconds" else size(row["value"])
+        text = duration(row["value"]) if metric.endswith("seconds") else size(row["value"])
         return {"text": text, "exact": row["value"], "interval": "", "n": row["n"]}
-    interval = f"{show(row['low'], rate)} to {show(row['high'], rate)}" if finite(row.get("low")) and finite(row.get("high")) else ""
+    ends = finite(row.get("low")) and finite(row.get("high"))
+    interval = f"{show(row['low'], rate, digits)} to {show(row['high'], rate, digits)}" if ends else ""
     if not finite(row["value"]):
         return {"text": "not finite" if row["n"] else "not measured", "exact": row["value"], "interval": "", "n": row["n"]}
-    return {"text": show(row["value"], rate) + (" %" if rate else ""), "exact": row["value"], "interval": interval, "n": row["n"]}
+    return {"text": show(row["value"], rate, digits) + (" %" if rate else ""), "exact": row["value"], "interval": interval, "n": row["n"]}
 
 
-def arrow(row: Plain, rate: bool) -> Plain | None:
-    """How a value moved against before: arrow, difference, and whether that is good; None when it cannot be said."""
+def arrow(row: Plain, rate: bool, digits: int = 1, *, neutral: bool = False) -> Plain | None:
+    """How a value moved against before: arrow, difference, and whether that is good; None when it cannot be said.
+
+    ``neutral``: neither way is good, since the goal is retraining's value.
+    """
     before = row.get("before")
     if not before or not finite(before["value"]) or not finite(row["value"]):
         return None
     moved = row["value"] - before["value"]
     if moved == 0:
-        return {"sign": "=", "text": "0", "good": "same"}
+        return {"sign": "=", "text": "0", "good": "same", "said": "unchanged"}
     good = "good" if (moved > 0) == row["higher_is_better"] else "bad"
-    return {"sign": "▲" if moved > 0 else "▼", "text": ("+" if moved > 0 else "") + show(moved, rate), "good": good}
+    said = "moved" if neutral else "better than before" if good == "good" else "worse than before"
+    text = ("+" if moved > 0 else "") + show(moved, rate, digits)
+    return {"sign": "▲" if moved > 0 else "▼", "text": text, "good": "same" if neutral else good, "said": said}
+
+
+# --- several runs -------------------------------------------------------------------------------------------------
+def retrained(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """The runs of ``retrain`` that are done, by what they were asked for."""
+    return {r.request: r for r in records if r.method["name"] == "retrain" and r.run["status"] == "done"}
+
+
+def gaps(record: Record, beside: Record | None) -> dict[str, float]:
+    """{metric: distance to retraining in points} of the classifier metrics that both runs have."""
+    if not beside or not record.classified:
+        return {}
+    pairs = {m: (record.result(m), beside.result(m)) for m in GAPPED}
+    return {m: abs(a["value"] - b["value"]) for m, (a, b) in pairs.items() if a and b and finite(a["value"]) and finite(b["value"])}
+
+
+def average(found: Mapping[str, float]) -> float | None:
+    """Avg. Gap: the mean of all four distances; None unless all are known."""
+    return sum(found.values()) / len(GAPPED) if set(found) == set(GAPPED) else None
 
 
 def comparison(records: Sequence[Record]) -> Plain:
-    """The table over several runs: one row for each, a column for each metric, the best of a column marked."""
+    """The table over several runs: one row for each, a column for each metric, the best of a column marked.
+
+    Where there is a run of ``retrain`` for the same target, task and seed, a metric's best is the nearest to it, and Avg. Gap is added.
+    """
     metrics = list(dict.fromkeys(row["metric"] for record in records for row in record.results))
-    best = {}
-    for metric in metrics:
-        rows = [row for record in records if (row := record.result(metric)) and finite(row["value"])]
-        if len(rows) > 1:
-            best[metric] = (max if rows[0]["higher_is_better"] else min)(row["value"] for row in rows)
+    beside = retrained(records)
+    apart = [gaps(record, beside.get(record.request)) for record in records]
+    rivals = [i for i, record in enumerate(records) if beside.get(record.request) is not record]
+    if not any(apart[i] for i in rivals):  # nothing stands beside retraining
+        apart = [{} for _ in records]
+    averages = [average(found) for found in apart]
+    lowest = min((a for i in rivals if (a := averages[i]) is not None), default=None)
     lines = []
-    for record in records:
+    for i, record in enumerate(records):
         cells = []
         for metric in metrics:
-            row = record.result(metric)
-            cells.append(result(row) | {"best": metric in best and row["value"] == best[metric]} if row else None)
-        lines.append({"cells": cells})
+            row, gap = record.result(metric), apart[i].get(metric)
+            best = bool(row) and i in best_of(metric, records, apart, rivals)
+            more = {"best": best, "gap": "" if gap is None else f"({gap:.2f})"}
+            cells.append(result(row, record.classified) | more if row else None)
+        mean = averages[i]
+        shown = None if mean is None else {"text": f"{mean:.2f}", "exact": mean, "best": i in rivals and mean == lowest}
+        lines.append({"cells": cells, "average": shown})
     directions = {row["metric"]: row["higher_is_better"] for record in records for row in record.results}
+    drawn_none = all(record.classified for record in records)
     return {
-        "metrics": [{"name": m, "higher": directions[m], "meaning": MEANINGS.get(m.partition("/")[0], "")} for m in metrics],
+        "metrics": [{"name": m, "higher": directions[m], "meaning": meaning(m, drawn_none)} for m in metrics],
         "rows": lines,
+        "gapped": any(apart),
     }
+
+
+def best_of(metric: str, records: Sequence[Record], apart: Sequence[Mapping[str, float]], rivals: Sequence[int]) -> set[int]:
+    """The rows that are best in a column: nearest to retraining where that is known, else the highest or lowest value."""
+    near = {i: apart[i][metric] for i in rivals if metric in apart[i]}
+    if near:
+        return {i for i, gap in near.items() if gap == min(near.values())} if len(near) > 1 else set()
+    rows = {i: row for i, record in enumerate(records) if (row := record.result(metric)) and finite(row["value"])}
+    if len(rows) < 2 or all(record.classified and metric in GAPPED for record in records):
+        return set()
+    wanted = (max if next(iter(rows.values()))["higher_is_better"] else min)(row["value"] for row in rows.values())
+    return {i for i, row in rows.items() if row["value"] == wanted}
 
 
 # --- pictures and prompts -----------------------------------------------------------------------------------------
@@ -401,8 +512,13 @@ def commands(record: Record) -> list[str]:
     """The commands that make this folder again: erase, attack, evaluate, report."""
     run, task = record.run["run"], record.task
     words = ["unlearn", "erase", record.method["name"], run["target"]]
-    if task["name"].startswith("canvas/"):
+    data = task.get("forget") or {}
+    if task["name"].startswith(("canvas/", "objects/")) or task["name"] in registry.names("tasks"):
         words.append(task["name"])
+    elif data.get("source"):
+        words += option("data", data["source"]) + option("forget", data["rows"])
+        words += option("validation", data["validation"]) if data.get("validation") else []
+        words += option("split_seed", data["seed"]) if data.get("seed") else []
     else:
         words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
         for flag, names in (("anchor", task.get("anchors")), ("preserve", task.get("preserve"))):
@@ -429,12 +545,15 @@ def commands(record: Record) -> list[str]:
 
 
 def measured(record: Record) -> list[str]:
-    """The options of evaluate: sampler, and metrics and number of seeds where they were not the task's own."""
+    """The options of evaluate: sampler, reference runs beside this one, and metrics and number of seeds where they were not the task's."""
     words = [word for name, value in (record.evaluation.get("sampler") or {}).items() for word in option(name, value)]
     metrics = list(dict.fromkeys(row["metric"].partition("/")[0] for row in record.results))
     suite = set(record.task.get("suite") or metrics)
     if metrics and not suite - {"asr", "pre_asr"} <= set(metrics) <= suite:  # these two have no value without an attack
         words += option("metrics", metrics)
+    asked = (record.evaluation.get("asked") or {}).get("references") or []
+    others = [found for code in asked for found in sorted(record.folder.parent.glob(f"*-{code[:8]}")) if found != record.folder]
+    words += option("references", [f"{found.parent.name}/{found.name}" for found in others]) if others else []
     seeds, own = record.evaluation.get("seeds") or [], list(record.task.get("seeds") or [])
     return words + (option("seeds", len(seeds)) if 0 < len(seeds) < len(own) and seeds == own[: len(seeds)] else [])
 
@@ -470,14 +589,19 @@ def card(record: Record) -> str:
     front = {
         "base_model": base.get("name") or record.run["run"]["target"],
         "library_name": "unlearners",
-        "tags": ["unlearning", "concept-erasure"],
+        "tags": ["unlearning", "image-classification" if record.classified else "concept-erasure"],
     }
+    digits = 2 if record.classified else 1
     results = [
         {
             "metric": row["metric"],
-            "before": with_interval(row["metric"], row.get("before"), is_rate(row)),
-            "after": with_interval(row["metric"], row, is_rate(row)),
-            "better": "higher" if row["higher_is_better"] else "lower",
+            "before": with_interval(row["metric"], row.get("before"), is_rate(row), digits),
+            "after": with_interval(row["metric"], row, is_rate(row), digits),
+            "better": "near retrain's"
+            if record.classified and row["metric"] in GAPPED
+            else "higher"
+            if row["higher_is_better"]
+            else "lower",
         }
         for row in record.results
     ]
@@ -497,16 +621,18 @@ def card(record: Record) -> str:
     )
 
 
-def with_interval(metric: str, row: Plain | None, rate: bool) -> str:
+def with_interval(metric: str, row: Plain | None, rate: bool, digits: int = 1) -> str:
     """A value as one piece of text: 98.3 % (96.1 to 99.3, n = 300)."""
     if not row:
         return ""
-    c = cell(metric, row, rate)
+    c = cell(metric, row, rate, digits)
     return f"{c['text']} ({c['interval'] + ', ' if c['interval'] else ''}n = {c['n']})"
 
 
 def limits(record: Record) -> list[str]:
     """What a reader must not conclude, one sentence each."""
+    if record.classified:
+        return classifier_limits(record)
     said = [
         "The concept was edited out of the weights, not out of existence: weight edits can be attacked, and fine-tuning can bring it back."
     ]
@@ -530,8 +656,26 @@ def limits(record: Record) -> list[str]:
     return said
 
 
-def csv_rows(record: Record) -> Iterator[Plain]:
-    """The results as flat rows; the values before are rows of the method "original"."""
+def classifier_limits(record: Record) -> list[str]:
+    """``limits`` of a classifier."""
+    said = [
+        "Only these weights were changed: copies of the model and of the data still hold what was to be forgotten.",
+        "The goal is what a model retrained without the forget set would do: read these numbers beside a run of retrain on the same task.",
+    ]
+    strong = record.result("rmia/auc")
+    if strong and finite(strong["value"]):
+        said.append(f"The stronger membership attack reaches an AUC of {strong['value']:.1f}, where 50 is guessing; others may do better.")
+    elif record.result("mia"):
+        said.append("Only the weak confidence attack (mia) was run; a stronger one, such as rmia, may find traces that it misses.")
+    elif record.results:
+        said.append("No membership attack was run on this model, so nothing is known about traces that are left.")
+    else:
+        said.append("Nothing has been measured: neither forgetting nor what was kept.")
+    return said
+
+
+def csv_rows(record: Record, beside: Record | None = None) -> Iterator[Plain]:
+    """The results as flat rows; the values before are rows of the method "original"; ``beside`` adds the gap to retraining."""
     run = record.run["run"]
     common = {"target": run["target"], "task": record.task["name"], "method": record.method["name"], "seed": run["seed"]}
     machine = record.run.get("env") or {}
@@ -541,6 +685,9 @@ def csv_rows(record: Record) -> Iterator[Plain]:
         if row.get("before"):
             yield common | {"method": "original", "metric": row["metric"]} | numbers(row["before"]) | env | {"preset": ""}
         yield common | {"metric": row["metric"]} | numbers(row) | env
+    mean = average(gaps(record, beside))
+    if mean is not None:
+        yield common | {"metric": "avg_gap", "value": mean} | env
 
 
 def numbers(row: Plain) -> Plain:
@@ -617,8 +764,8 @@ def escape_latex(text: str) -> str:
     return re.sub(r"[\\~^<>&%$#_{}]", lambda m: LATEX.get(m[0], "\\" + m[0]), " ".join(text.split()))
 
 
-def show(value: Any, rate: bool = False) -> str:
-    """A value for reading: rates and numbers from 10 on with one decimal, smaller ones with three digits, lists in words."""
+def show(value: Any, rate: bool = False, digits: int = 1) -> str:
+    """A value for reading: rates and numbers from 10 on with ``digits`` decimals, smaller ones with three digits, lists in words."""
     if value is None:
         return "—"
     if isinstance(value, (list, tuple)):
@@ -629,7 +776,7 @@ def show(value: Any, rate: bool = False) -> str:
         return "not finite"
     if isinstance(value, int) and not rate:
         return str(value)
-    return f"{value:.1f}" if rate or 10 <= abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:.{digits}f}" if rate or 10 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def join(words: Sequence[str]) -> str:

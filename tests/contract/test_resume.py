@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from unlearners import patch, run, targets
+from unlearners import files, patch, run, session, targets
 from unlearners.base import Method, Row, Target, Task
 from unlearners.errors import NonFiniteError, RefusedError, UnlearnError, UsageError
 from unlearners.methods.esd import ESD
@@ -91,7 +91,7 @@ def readable(folder: Path, status: str) -> dict[str, Any]:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint after every step."""
-    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +141,12 @@ from pathlib import Path
 import safetensors.torch, torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from unlearners import patch, run, targets
+from unlearners import files, patch, run, session, targets
 from test_resume import KILLS, METHODS, TASK
 
 targets.load("tiny")  # imports everything once, before the forks
 
-run.CHECKPOINT_SECONDS = 0.0
+session.CHECKPOINT_SECONDS = 0.0
 KILL = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 def after_a_checkpoint(what, done, total, row):
@@ -170,7 +170,7 @@ def half_a_line(self, row):
         KILL()
     write(self, row)
 
-save, write = torch.save, run.FolderSession.write
+save, write = torch.save, session.FolderSession.write
 for name, moment in KILLS:
     if os.fork() == 0:
         progress = None
@@ -181,7 +181,7 @@ for name, moment in KILLS:
         elif moment == "half_weights":
             patch.save_file = half_the_weights
         else:
-            run.FolderSession.write = half_a_line
+            session.FolderSession.write = half_a_line
         try:
             run.erase(METHODS[name], "tiny", TASK, runs=Path(sys.argv[2]) / name / moment, progress=progress)
         finally:
@@ -229,7 +229,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 # --- not finite ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("seconds", [0.0, 60.0])
 def test_a_loss_that_is_not_finite(seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "CHECKPOINT_SECONDS", seconds)
+    monkeypatch.setattr(session, "CHECKPOINT_SECONDS", seconds)
     with pytest.raises(NonFiniteError, match="lower lr"):
         erase(ESD(steps=6, lr=1e30, sampler_steps=3), "tiny", TASK, runs=tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -338,11 +338,11 @@ def full(*_: Any, **__: Any) -> None:
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run.write_json(tmp_path / "a.json", {"old": 1})
+    files.write_json(tmp_path / "a.json", {"old": 1})
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full)
         with pytest.raises(UnlearnError, match="free some space"):
-            run.write_json(tmp_path / "a.json", {"new": 2})
+            files.write_json(tmp_path / "a.json", {"new": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearners import patch, registry, run, targets
+from unlearners import outputs, patch, registry, run, targets
 from unlearners.attacks.random_tokens import RandomTokens
 from unlearners.base import Judge, Method, Probe, Request, Row, Target, Task
 from unlearners.bench import COLUMNS, bench
@@ -151,7 +151,7 @@ def test_the_numbers_are_those_of_the_pictures(tmp_path: Path, drawn: list[int])
     asked = [(p.prompt, s) for p in PROBES for s in TASK.seeds]
     fresh = target.sample([p for p, _ in asked], [s for _, s in asked])
     for key, picture in zip(asked, fresh, strict=True):
-        saved = run.read_picture(folder / rows[key]["file"])
+        saved = outputs.read_picture(folder / rows[key]["file"])
         assert (saved - picture).abs().max() <= 0.5 / 255 + 1e-3  # 8 bits, and rounding in other batches
         if "zq" in key[0]:
             wrong += Brightness().labels(saved[None], TASK, "style") != ["zq"]
@@ -274,7 +274,7 @@ def test_an_attack_is_asked_of_a_finished_run_with_prompts(tmp_path: Path, drawn
 
 def test_a_gallery_survives_a_kill_between_pictures_and_manifest(tmp_path: Path) -> None:
     """Pictures that the manifest does not name are drawn again."""
-    gallery = run.Gallery(tmp_path, {"steps": 1})
+    gallery = outputs.Gallery(tmp_path, {"steps": 1})
 
     class Model:
         def sample(self, prompts: list[str], seeds: list[int], **_: Any) -> Tensor:
@@ -284,9 +284,9 @@ def test_a_gallery_survives_a_kill_between_pictures_and_manifest(tmp_path: Path)
 
     with pytest.raises(KeyboardInterrupt):
         gallery.fill(lambda: Model(), [Request("a", 1), Request("b", 1)], 1, None, "")
-    again = run.Gallery(tmp_path, {"steps": 1})
+    again = outputs.Gallery(tmp_path, {"steps": 1})
     assert [r["prompt"] for r in again.rows.values()] == ["a"]
-    assert not run.Gallery(tmp_path, {"steps": 2}).rows
+    assert not outputs.Gallery(tmp_path, {"steps": 2}).rows
 
 
 # --- bench --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from unlearners.errors import UnlearnError, UsageError
-from unlearners.flags import flags, is_rate, wilson
+from unlearners.flags import doubts, flags, is_rate, read, wilson
 
 CONCEPT, OTHER = "neon", "photo"
 
@@ -157,6 +158,78 @@ def test_results(folder: Path, results: list[dict], words: str) -> None:
 def test_not_flagged(folder: Path, results: list[dict]) -> None:
     write(folder / "results.json", results)
     assert flags(folder) == []
+
+
+@pytest.fixture
+def classifier(folder: Path) -> Path:
+    """A finished run on a classifier without a fault: no pictures, no attacks, buffers among what changed."""
+    shutil.rmtree(folder / "attacks")
+    shutil.rmtree(folder / "samples")
+    record = json.loads((folder / "run.json").read_text())
+    task = {
+        "name": "cifar10/random10",
+        "kind": "samples",
+        "concepts": ["10 % of the training pictures"],
+        "domain": "",
+        "forget": {"source": "x"},
+    }
+    weights = record["weights"] | {"changed": ["net.conv.weight", "net.bn.running_mean", "net.bn.num_batches_tracked"]}
+    edit(
+        folder / "run.json", family="classifier", warnings=[], weights=weights, run=record["run"] | {"task": task, "method": {"name": "ft"}}
+    )
+    write(folder / "evaluate.json", {"original": "../original-00000000", "sampler": {}, "judge": "", "seconds": 1.0})
+    write(folder / "results.json", [row("ua", 5, 0.1, 4500), row("ra", 99.5, 100, 40500), row("ta", 93, 94, 10000), row("mia", 12, 1, 4500),
+                                    row("rmia/auc", 50, None) | {"n": 0, "value": None, "low": None, "high": None}])  # fmt: skip
+    return folder
+
+
+def test_clean_classifier(classifier: Path) -> None:
+    assert flags(classifier) == []
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ([row("ua", 0.1, 0.1, 4500)], "forget set is as before (ua moved by +0.00 points)"),
+        ([row("ua", 1, 0, 100)], "forget set is as before (ua moved by +1.00 points)"),  # one picture
+        ([row("ra", 49, 100, 40500)], "remaining accuracy (ra) is 49.0 %, less than half of the original (100.0 %)"),
+        ([row("ua", 80, 60, 4500)], "names only 40.0 % of the forget set right"),
+        ([row("mia", 12, None, 50)], "mia (18"),
+        ([row("rmia/auc", 60, None, 100, False)], "rmia/auc (18"),
+        ([row("mia", 12, 1, 4500) | {"value": None, "low": None, "high": None}], "not finite numbers: mia"),
+    ],
+)
+def test_classifier_results(classifier: Path, results: list[dict], words: str) -> None:
+    write(classifier / "results.json", results)
+    only(classifier, words)
+
+
+def test_forgetting_a_class_must_show(classifier: Path) -> None:
+    write(classifier / "results.json", [row("ua", 5, 0.1, 4500)])
+    assert flags(classifier) == []
+    run = json.loads((classifier / "run.json").read_text())["run"]
+    edit(classifier / "run.json", run=run | {"task": run["task"] | {"kind": "class", "concepts": ["cat"]}})
+    only(classifier, "Forgetting hardly changed: unlearning accuracy (ua) moved by +4.9 points")
+
+
+def test_retraining_may_know_what_it_never_saw(classifier: Path) -> None:
+    write(classifier / "results.json", [row("ua", 0.1, 0.1, 4500)])
+    run = json.loads((classifier / "run.json").read_text())["run"]
+    edit(classifier / "run.json", run=run | {"method": {"name": "retrain"}})
+    assert flags(classifier) == []
+
+
+def test_what_the_run_noted_is_a_doubt(classifier: Path) -> None:
+    edit(classifier / "run.json", warnings=["data/x is not the data that this model was trained on"])
+    only(classifier, "Data/x is not the data that this model was trained on.")
+
+
+def test_collapse_against_retraining(classifier: Path, tmp_path: Path) -> None:
+    other = tmp_path / "retrain"
+    shutil.copytree(classifier, other)
+    write(classifier / "results.json", [row("ra", 45, 60, 40500)])
+    assert doubts(read(classifier)) == []
+    assert "less than half of retraining (99.5 %)" in doubts(read(classifier), read(other))[0]
 
 
 def test_judge_is_read_from_the_originals_without_results(folder: Path) -> None:

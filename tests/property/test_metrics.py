@@ -18,27 +18,53 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from unlearners.base import Probe, Request, Score, Task, Verdict, rate
+from unlearners.base import Data, Probe, Request, Score, Task, Verdict, rate
 from unlearners.errors import UnlearnError, UsageError
 from unlearners.judges import clip_zero_shot
 from unlearners.judges.canvas import Canvas
 from unlearners.judges.clip_zero_shot import ClipZeroShot, candidates
-from unlearners.metrics import clip_score
+from unlearners.metrics import clip_score, kid
+from unlearners.metrics._pictures import drawn, subject
 from unlearners.metrics.asr import ASR
 from unlearners.metrics.clip_score import ClipScore
 from unlearners.metrics.cost import Cost
 from unlearners.metrics.cra import CRA
-from unlearners.metrics.fid import FID, distance, drawn, subject
+from unlearners.metrics.fid import FID, distance
 from unlearners.metrics.ira import IRA
+from unlearners.metrics.kid import KID
 from unlearners.metrics.pre_asr import PreASR
 from unlearners.metrics.ua import UA
+from unlearners.targets.base import Denoiser, Trainable
 from unlearners.zoo import canvas
 from unlearners.zoo.canvas import world
 from unlearners.zoo.canvas.model import HEADS
 from unlearners.zoo.canvas.model import Judge as Net
 
-TARGET: Any = SimpleNamespace(base={"name": "canvas"})
-OTHER: Any = SimpleNamespace(base={"name": "sd14"})
+
+class Painter(Denoiser):
+    """Nothing but a name, which is all that metrics of pictures ask of a model."""
+
+    def __init__(self, name: str) -> None:
+        self.base = {"name": name}
+
+
+class Labelled(Trainable, Denoiser):
+    """The same with labelled pictures."""
+
+    def __init__(self) -> None:
+        self.base, self.device, self.side, self.classes = {"name": "tiny-ddpm"}, torch.device("cpu"), 16, ("a", "b", "c", "d")
+        self.trained_on, self.warnings = {}, []
+        self.opened: list[Data] = []
+
+    def open(self, data: Data) -> Any:
+        self.opened.append(data)
+        return super().open(data)
+
+
+for kind in (Painter, Labelled):
+    kind.__abstractmethods__ = frozenset()  # nothing of these is called
+TARGET: Any = Painter("canvas")
+OTHER: Any = Painter("sd14")
 STYLES, OBJECTS = ("neon", "mosaic", "sketch"), ("cup", "fish")
 TASK = Task(
     name="neon",
@@ -207,6 +233,49 @@ def test_fid_says_what_is_missing(net: Net, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(torchmetrics.image.fid, "FrechetInceptionDistance", offline)
     with pytest.raises(UnlearnError, match="canvas_judge"):
         FID(reference=str(tmp_path)).score(OTHER, TASK, outputs)
+
+
+def test_fid_and_kid_of_labelled_data_compare_with_what_was_held_out(net: Net) -> None:
+    outputs: Any = Outputs()
+    held = Data(source="tiny", split="test", rows="not class=b")
+    probes = tuple(Probe(prompt=c, truth={"class": c}) for c in "abcd")
+    task = Task(name="b", kind="class", concepts=("b",), probes=probes, seeds=tuple(range(6)), holdout=held)
+    for metric in (FID(features="canvas_judge"), KID(features="canvas_judge", subsets=3)):
+        target: Any = Labelled()
+        score = metric.score(target, task, outputs)["canvas_judge"]
+        assert score.n == 18 and math.isfinite(score.value) and target.opened == [held]
+    target = Labelled()
+    retained = Data(source="tiny", rows="not class=b")
+    FID(features="canvas_judge").score(target, Task(name="b", concepts=("b",), probes=probes, seeds=(1,), retain=retained), outputs)
+    assert target.opened == [retained]
+    with pytest.raises(UsageError, match="names no data"):
+        FID(features="canvas_judge").score(Labelled(), Task(name="b", concepts=("b",), probes=probes, seeds=(1,)), outputs)
+
+
+def test_kid_equals_the_formula_in_float64_and_leaves_the_random_state(net: Net) -> None:
+    a, b = torch.rand(40, 3, 64, 64), torch.rand(40, 3, 64, 64) * 0.5
+    x, y = (net.body(2 * k - 1).double().mean((2, 3)) for k in (a, b))
+    n, d = x.shape
+
+    def kernel(u: Tensor, v: Tensor) -> Tensor:
+        return (u @ v.T / d + 1) ** 3
+
+    within = sum(float(kernel(u, u).sum() - kernel(u, u).trace()) / (n * (n - 1)) for u in (x, y))
+    expected = 1000 * (within - 2 * float(kernel(x, y).mean()))
+    state = torch.get_rng_state()
+    assert kid.distance("canvas_judge", a.split(16), [b], subsets=2, subset=1000) == pytest.approx(expected, rel=1e-3)
+    assert torch.equal(state, torch.get_rng_state())
+    same = kid.distance("canvas_judge", [a], [a], subsets=20, subset=20)
+    assert abs(same) < abs(expected) / 10
+
+
+def test_kid_says_what_is_missing(net: Net) -> None:
+    outputs: Any = Outputs()
+    with pytest.raises(UsageError, match="kid has no real pictures"):
+        KID().score(OTHER, TASK, outputs)
+    with pytest.raises(UsageError, match="at least 2"):
+        KID(subset=1).score(TARGET, TASK, outputs)
+    assert KID().score(TARGET, Task(name="empty", concepts=("neon",)), outputs)["canvas_judge"].n == 0
 
 
 # --- judges -------------------------------------------------------------------------------------------------------

@@ -407,6 +407,110 @@ def test_several_runs(tmp_path: Path) -> None:
     assert path.read_text() == report([tmp_path]).read_text()
 
 
+def classifier(parent: Path, method: str, values: tuple[float, ...], *, seed: int = 0, kind: str = "samples") -> Path:
+    """A finished and evaluated run on a classifier: ``values`` are UA, RA, TA and MIA."""
+    data = {"source": "uoft-cs/cifar10", "split": "train", "rows": "random=0.1", "seed": 2, "validation": 0.1, "digest": ""}
+    said = "10 % of the training pictures" if kind == "samples" else "cat"
+    task = {
+        "name": "mine", "kind": kind, "concepts": [said], "anchors": [], "preserve": [], "domain": "", "judge": "",
+        "forget": data, "retain": data | {"rows": "not random=0.1"}, "holdout": data | {"split": "test", "rows": ""},
+        "suite": ["ua", "ra", "ta", "mia", "cost"], "seeds": [1],
+    }  # fmt: skip
+    fields = {"name": method, "params": "full", "lr": 0.01}
+    run = {"target": "resnet <b>", "task": task, "method": fields, "seed": seed, "dtype": "float32", "patches": []}
+    weights = {
+        "file": "weights.safetensors",
+        "sha256": "ef" * 32,
+        "bytes": 44_000_000,
+        "tensors": 60,
+        "changed": ["net.conv1.weight"],
+        "outside": 0,
+    }
+    folder = parent / f"mine-{method}-{seed:08x}"
+    record = {
+        "schema": 1, "status": "done", "family": "classifier", "run": run, "base": {"name": "resnet", "sha256": {"net": "aa" * 32}},
+        "env": {"device": "cuda", "hardware": "H100"}, "weights": weights, "time": {"seconds": 160.0}, "error": None, "warnings": [],
+        "data": {"source": data["source"], "digest": "bb" * 32, "forget": 4500, "retain": 40500, "classes": 10},
+    }  # fmt: skip
+    write(folder / "run.json", record)
+    sizes, before = (4500, 40500, 10000, 4500), (0.02, 99.99, 94.7, 0.1)
+    rows = [row(m, v, b, n) for m, v, b, n in zip(("ua", "ra", "ta", "mia"), values, before, sizes, strict=False)]
+    write(folder / "results.json", rows)
+    write(folder / "cost.json", [row("cost/seconds", 0, None, n=1, higher=False) | {"value": 160.0, "low": None, "high": None}])
+    hashes = ["0" * 64] if method == "salun" else []
+    write(folder / "evaluate.json", {"asked": {"references": hashes}, "sampler": {}, "judge": "", "seeds": [1], "seconds": 3.0})
+    return folder
+
+
+RETRAIN, SALUN, FT = (5.24, 100.0, 94.26, 12.88), (2.85, 99.62, 93.93, 14.39), (0.63, 99.88, 94.06, 2.70)
+
+
+def test_a_classifier_s_run(tmp_path: Path) -> None:
+    folder = classifier(tmp_path / "runs", "salun", SALUN)
+    page = Page(report([folder]))
+    assert "resnet <b>" in page.text and "<b>" not in page.raw and "img" not in page.tags
+    assert "Erased 10 % of the training pictures from resnet <b> with salun: 2.85 % of the forget set are no longer right" in page.text
+    for text in ("Prompts that name", "No attack has been run", "No pictures have been sampled", "Anchors", "Avg. Gap"):
+        assert text not in page.text, text
+    for text in ("4500 pictures: random=0.1 of uoft-cs/cifar10, train", "40500 pictures: not random=0.1", "bb" * 32, "14.39 %", "99.62 %"):
+        assert text in page.text, text
+    assert "10 % of each class held back for validation" in page.text and "pictures of the forget set that are no longer right" in page.text
+    assert 'class="move same"' in page.raw and 'class="move good"' not in page.raw and 'class="move bad"' not in page.raw
+    body = (folder / "README.md").read_text()
+    assert "image-classification" in body and "concept-erasure" not in body and "weak confidence attack" in body and "2.85 %" in body
+    assert body.count("| near retrain's |") == 4 and "(before: 99.99 %)" in body
+    assert "the classes" not in body and "No automatic doubts" in page.text
+
+
+def test_a_classifier_s_commands(tmp_path: Path) -> None:
+    folder, other = (classifier(tmp_path / "runs", m, v) for m, v in (("salun", SALUN), ("retrain", RETRAIN)))
+    assert other.name == "mine-retrain-00000000"  # the run that was asked for as a reference
+    report([folder])
+    erase, evaluate, again = (folder / "README.md").read_text().rpartition("```sh\n")[2].removesuffix("\n```").strip().split("\n")[:3]
+    data = "--data uoft-cs/cifar10 --forget random=0.1 --validation 0.1 --split-seed 2"
+    assert erase == f"unlearn erase salun 'resnet <b>' {data} --params full --lr 0.01 --seed 0"
+    assert evaluate == "unlearn evaluate runs/mine-salun-00000000 --references runs/mine-retrain-00000000"
+    assert again == "unlearn report runs/mine-salun-00000000"
+
+
+def test_average_gap_is_the_paper_s(tmp_path: Path) -> None:
+    for name, values in (("retrain", RETRAIN), ("salun", SALUN), ("ft", FT)):
+        classifier(tmp_path, name, values)
+    page = Page(report([tmp_path]))
+    head = page.raw.partition("<h2>")[0]
+    lines = {name: next(line for line in head.split("<tr>") if f">mine-{name}-" in line) for name in ("retrain", "salun", "ft")}
+    for name, texts in {
+        "salun": ("(2.39)", "(0.38)", "(0.33)", "(1.51)", ">1.15<"),
+        "ft": ("(4.61)", "(0.12)", "(0.20)", "(10.18)", ">3.78<"),
+    }.items():
+        for text in texts:
+            assert text in lines[name], (name, text)
+    assert (
+        "best" in lines["salun"].rpartition("1.15")[0].rpartition("<td")[2]
+        and ">0.00<" in lines["retrain"]
+        and "(0.00)" in lines["retrain"]
+    )
+    best = {name: line.count('class="num best"') for name, line in lines.items()}
+    assert best == {"ft": 3, "salun": 4, "retrain": 1}  # RA and TA; UA, MIA and Avg. Gap; and all cost the same
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    found = {r["method"]: float(r["value"]) for r in rows if r["metric"] == "avg_gap"}
+    assert found == pytest.approx({"retrain": 0, "salun": 1.1525, "ft": 3.7775})
+
+
+def test_average_gap_needs_the_same_request_and_all_four(tmp_path: Path) -> None:
+    folders = [classifier(tmp_path, "retrain", RETRAIN, seed=1), classifier(tmp_path, "salun", SALUN)]
+    assert "Avg. Gap" not in Page(report(folders)).text  # another seed
+    folders = [classifier(tmp_path, "retrain", RETRAIN, seed=0), classifier(tmp_path, "ft", FT[:3])]
+    page = Page(report(folders))
+    line = next(part for part in page.raw.partition("<h2>")[0].split("<tr>") if ">mine-ft-" in part)
+    assert "(4.61)" in line and '<td class="num"></td>' in line  # no MIA, so no mean
+    assert "avg_gap" not in [r["metric"] for r in csv.DictReader((tmp_path / "results.csv").open()) if r["method"] == "ft"]
+
+
+def test_a_forgotten_class_is_called_one(tmp_path: Path) -> None:
+    assert "Erased the class cat from resnet" in Page(report([classifier(tmp_path, "ft", FT, kind="class")])).text
+
+
 def test_pictures_from_outside_the_folder_are_not_embedded(tmp_path: Path) -> None:
     folder = make(tmp_path)
     draw(tmp_path / "secret.png", "neon", "cup", 1)

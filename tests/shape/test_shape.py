@@ -33,7 +33,7 @@ LAYERS = (
 SIBLINGS = {"targets", "tasks", "judges", "attacks", "metrics", "methods", "exports"}
 # Checks what the zoo ships by loading it as users do, so it stands above everything, though it lies beside the recipes.
 VERIFY = ("zoo", "canvas", "verify")
-ZOO_USERS = {"targets", "tasks", "judges", "metrics", "cli", "bench", "zoo"}
+ZOO_USERS = {"data", "targets", "tasks", "judges", "metrics", "cli", "bench", "zoo"}
 
 
 def registered(*kinds: str) -> list[Path]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..base import Metric, Outputs, Request, Score, Task, rate
-from ..targets.base import TextToImage
+from ..targets.base import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,15 @@ class CRA(Metric):
       3. An interval is reported; pairs are treated as independent, although pictures share seeds.
     """
 
-    needs = TextToImage
+    needs = Denoiser
     higher_is_better: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2402.11846"
 
-    def requests(self, target: TextToImage, task: Task) -> list[Request]:
+    def requests(self, target: Denoiser, task: Task) -> list[Request]:
         kept = [p for p in task.probes if not task.names_concept(p) and set(p.truth) - {task.axis}]
         return [Request(p.prompt, s) for p in kept for s in task.seeds]
 
-    def score(self, target: TextToImage, task: Task, outputs: Outputs) -> Score:
+    def score(self, target: Denoiser, task: Task, outputs: Outputs) -> Score:
         flags: list[bool] = []
         kept = [p for p in task.probes if not task.names_concept(p)]
         for domain in sorted({d for p in kept for d in p.truth} - {task.axis}):

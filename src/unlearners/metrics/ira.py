@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..base import Metric, Outputs, Probe, Request, Score, Task, rate
-from ..targets.base import TextToImage
+from ..targets.base import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class IRA(Metric):
       2. An interval is reported; pictures are treated as independent, although seeds are shared between prompts.
     """
 
-    needs = TextToImage
+    needs = Denoiser
     higher_is_better: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2402.11846"
 
@@ -32,10 +32,10 @@ class IRA(Metric):
         """Those that name something of the concept's domain, but not the concept."""
         return [p for p in task.probes if task.axis in p.truth and not task.names_concept(p)]
 
-    def requests(self, target: TextToImage, task: Task) -> list[Request]:
+    def requests(self, target: Denoiser, task: Task) -> list[Request]:
         return [Request(p.prompt, s) for p in self.probes(task) for s in task.seeds]
 
-    def score(self, target: TextToImage, task: Task, outputs: Outputs) -> Score:
+    def score(self, target: Denoiser, task: Task, outputs: Outputs) -> Score:
         truth = [p.truth[task.axis] for p in self.probes(task) for _ in task.seeds]
         labels = outputs.labels(self.requests(target, task), task.axis) if truth else []
         return rate([a == b for a, b in zip(labels, truth, strict=True)])

@@ -1,21 +1,25 @@
-"""Unlearning accuracy (Zhang et al., NeurIPS 2024 Datasets and Benchmarks)."""
+"""Unlearning accuracy (Zhang et al., NeurIPS 2024 Datasets and Benchmarks; for classifiers Fan et al., ICLR 2024)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..base import Metric, Outputs, Request, Score, Task, rate
-from ..targets.base import TextToImage
+from ..base import Data, Metric, Outputs, Request, Score, Target, Task, kebab, rate
+from ..errors import UsageError
+from ..targets.base import Denoiser
+from ..targets.classifier import Classifier
+from ._logits import right
 
 
 @dataclass(frozen=True, kw_only=True)
 class UA(Metric):
-    """Unlearning accuracy: percentage of pictures, asked to show the concept, in which the judge no longer recognises it.
+    """Unlearning accuracy: percentage of pictures of what is to be forgotten in which it is no longer recognised.
 
-    Idea: forgetting is the judge's failure on the prompts that name the concept.
+    Idea: forgetting is failure on the concept: of the judge on pictures that a generator draws of it, or of a classifier on D_f itself.
 
-        UA = 100 / n · sum over probes naming the concept and seeds of [judge(x) != concept]      (100 - accuracy)
+        UA = 100 / n · sum over probes naming the concept and seeds of [judge(x) != concept]      (a model that draws)
+        UA = 100 - 100 / n · sum over (x, y) in D_f of [argmax f(x) = y]                          (a classifier)
 
     Logged: the value in percent, its 95 % Wilson interval, n = pictures, and one 0 or 1 for each picture.
 
@@ -23,16 +27,26 @@ class UA(Metric):
       1. The judge and the prompts come from the task; theirs are a fine-tuned ViT and 60 styles × 20 objects.
       2. An interval is reported; pictures are treated as independent, although seeds are shared between prompts.
       3. Broken pictures count as forgotten here as they do there: read UA with FID and the kept accuracies.
+      4. For classifiers as in SalUn, without augmentation. There the goal is not 100 but the value of a model retrained without D_f.
     """
 
-    needs = TextToImage
+    needs = Target
     higher_is_better: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2402.11846"
 
-    def requests(self, target: TextToImage, task: Task) -> list[Request]:
+    def requests(self, target: Any, task: Task) -> list[Request]:
+        if not isinstance(target, Denoiser):
+            return []
         return [Request(p.prompt, s) for p in task.probes if task.names_concept(p) for s in task.seeds]
 
-    def score(self, target: TextToImage, task: Task, outputs: Outputs) -> Score:
+    def data(self, target: Any, task: Task) -> list[Data]:
+        return [task.forget] if isinstance(target, Classifier) else []
+
+    def score(self, target: Any, task: Task, outputs: Outputs) -> Score:
+        if isinstance(target, Classifier):
+            return rate([not ok for ok in right(outputs, task.forget)])
+        if not isinstance(target, Denoiser):
+            raise UsageError(f"ua reads drawn pictures or logits, and a {kebab(target)} gives neither; leave it out with --metrics")
         truth = [p.truth[task.axis] for p in task.probes if task.names_concept(p) for _ in task.seeds]
         labels = outputs.labels(self.requests(target, task), task.axis) if truth else []
         return rate([a != b for a, b in zip(labels, truth, strict=True)])

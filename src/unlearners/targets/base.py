@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base import Adversarial, Data, Relabel, Target
-from ..data import Examples, open_data
+from ..data import Augment, Examples, open_data
 from ..diffusion import Cond, Soft
 from ..errors import UsageError
 
@@ -21,6 +21,8 @@ class Trainable(Target):
 
     classes: tuple[str, ...]
     """the names of its classes, in order"""
+    augmentation: ClassVar[Augment] = "crop-flip"
+    """of training batches"""
     side: int
     """height and width of its pictures"""
     trained_on: Mapping[str, Any]
@@ -39,7 +41,7 @@ class Trainable(Target):
         Raises ``UsageError`` when there are none or when they have classes that the model has not. Notes it in ``warnings`` when
         the training pictures are not those that the model says it was trained on.
         """
-        examples = open_data(data, self.side, self.device)
+        examples = open_data(data, self.side, self.device, self.augmentation)
         if len(examples.classes) > len(self.classes):
             highest = int(examples.labels.max())
             raise UsageError(

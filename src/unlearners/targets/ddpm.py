@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from .. import diffusion, patch
 from ..base import Relabel
+from ..data import Augment
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UsageError, unknown
 from ..zoo import canvas
@@ -35,6 +36,8 @@ class DDPM(Trainable, Denoiser):
         "attn": r"unet\..*attentions\.",
         "xattn": r"unet\.(class_embedding|.*time_emb_proj)\.",  # where the class enters, as the text does in cross-attention
     }
+
+    augmentation: ClassVar[Augment] = "flip"
 
     def __init__(self, unet: Any, scheduler: Any, about: Mapping[str, Any], name: str, device: str, dtype: torch.dtype) -> None:
         embeddings = unet.config.num_class_embeds or 0
@@ -63,21 +66,24 @@ class DDPM(Trainable, Denoiser):
     def load(
         cls, spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: torch.dtype = torch.float32, force: bool = False
     ) -> Self:
-        """See ``Target.load``. ``model_index.json`` may name the classes as ``id2label`` (as DiT's does)."""
+        """See ``Target.load``. ``model_index.json``, as DiT's does, or an ``about.json`` beside it may name the classes as ``id2label``;
+        the latter also holds the default ``sampler`` and the data it was ``trained_on``."""
         if spec in ("tiny", "tiny-ddpm"):
             target = cls.tiny()
             target.amp = dtype
         else:
-            from diffusers import DDIMPipeline
+            from diffusers import DDIMScheduler, UNet2DModel
 
             folder = Path(cls.aliases.get(spec, spec))
-            about = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            files = [f for f in (folder / "model_index.json", folder / "about.json") if f.is_file()]
+            about = {k: v for f in files for k, v in json.loads(f.read_text(encoding="utf-8")).items()}
             try:
-                pipe: Any = DDIMPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+                unet = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True, torch_dtype=torch.float32)
+                scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
             except Exception as error:  # what is wrong with a file can surface as anything
                 said = str(error).splitlines()[0]
                 raise RefusedError(f"the pipeline in {spec} cannot be read ({said}); copy or download it again") from error
-            target = cls(pipe.unet.float(), pipe.scheduler, about, spec, device, dtype)
+            target = cls(unet, scheduler, about, spec, device, dtype)
         if patches:
             target.patch(patches, force=force)
         return target

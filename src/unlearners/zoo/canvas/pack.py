@@ -58,13 +58,12 @@ def pack_small(work: Path, folder: Path = FOLDER) -> None:
     pipe: Any = DDIMPipeline(unet=load_part(work, "ddpm"), scheduler=make_ddpm_scheduler())
     pipe.to(torch.float16).save_pretrained(folder / "ddpm", safe_serialization=True)
     trained_on = json.loads((work / "classifier" / "config.json").read_text())["trained_on"]
-    index = folder / "ddpm" / "model_index.json"
     about = {
         "id2label": {str(i): c for i, c in enumerate(CLASSES)},
         "sampler": {"steps": 20, "guidance": 2.0},
         "trained_on": trained_on,
     }
-    index.write_text(json.dumps(json.loads(index.read_text()) | about, indent=2) + "\n")
+    (folder / "ddpm" / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     (folder / "classifier").mkdir()
     shutil.copy(work / "classifier" / "config.json", folder / "classifier")
     state = load_file(work / "classifier" / "model.safetensors")
