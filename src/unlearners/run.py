@@ -369,6 +369,7 @@ def _evaluate(
         {
             "asked": asked,
             "original": os.path.relpath(sides[0].gallery.folder, folder.resolve()),
+            "references": [os.path.relpath(Path(r).resolve(), folder.resolve()) for r in references],
             "sampler": sampler,
             "judge": task.judge,
             "seeds": list(task.seeds),

@@ -21,7 +21,6 @@ LAYERS = (
     {"data", "files", "nets", "optim", "saliency"},
     {"session"},
     {"targets", "tasks", "judges"},
-    {"features"},
     {"attacks", "metrics"},
     {"methods"},
     {"outputs"},

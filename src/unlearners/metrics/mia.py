@@ -23,7 +23,7 @@ class MIA(Metric):
 
     Idea: a classifier is surer of what it trained on; an attacker learns that on D_r and test pictures, then looks at D_f.
 
-        s(x, y) = softmax(f(x))_y;   g: SVC (RBF kernel, C = 3, gamma = 1) on s of the first |D_t| of D_r (members) and of D_t (not)
+        s(x, y) = softmax(f(x))_y;   g: SVC (RBF kernel, C = 3, gamma = 1) on s of |D_t| of D_r (members) and of D_t (not)
         MIA = 100 / |D_f| · sum over D_f of [g(s) says "not a member"]
 
     Logged: the value in percent, its 95 % Wilson interval, n = |D_f|, and one 0 or 1 for each picture. Higher is more forgotten, but
@@ -32,7 +32,8 @@ class MIA(Metric):
     Deviations from the authors' code:
       1. Equal values of one side are one point with their number as its weight: the same problem, smaller (libsvm's tolerance apart).
       2. Where D_r is smaller than the test data, as many of those are taken, so that the attacker stays unbiased.
-      3. Their four other attackers (correctness, entropy, modified entropy, all probabilities), which they do not report, are left out.
+      3. The members are spread evenly over D_r; theirs are the first, which are the first classes where data are sorted (``take``).
+      4. Their four other attackers (correctness, entropy, modified entropy, all probabilities), which they do not report, are left out.
     """
 
     needs = Classifier
@@ -41,8 +42,8 @@ class MIA(Metric):
 
     shadow: int = 0
     """members, and as many others, that the attacker learns from; 0: as many as there are test pictures"""
-    take: Literal["first", "spread"] = "first"
-    """which of them: the first in the data's order, or evenly spread over it, for data that are sorted by class"""
+    take: Literal["spread", "first"] = "spread"
+    """which of them: evenly spread over D_r, or the first in its order (theirs)"""
 
     def data(self, target: Classifier, task: Task) -> list[Data]:
         return [task.forget, task.retain, task.holdout]

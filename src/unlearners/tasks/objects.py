@@ -8,7 +8,7 @@ from ..zoo.canvas.objects import CLASSES
 
 SUITE = ("ua", "ra", "ta", "mia", "cost")
 DRAWN = ("ua", "ira", "fid", "kid", "cost")  # of a model that draws
-SEEDS = tuple(range(100, 140))
+SEEDS = tuple(range(100, 125))
 
 
 def names() -> list[str]:
@@ -17,7 +17,7 @@ def names() -> list[str]:
 
 
 def task(name: str) -> Task:
-    """The task called ``name``; a drawn class is judged by the bundled classifier, 40 pictures of each class."""
+    """The task called ``name``; a drawn class is judged by the bundled classifier, 25 pictures of each class."""
     if name not in names():
         raise unknown("canvas object", name, names())
     concept = name.removeprefix("draw-")
