@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 
-CACHE = tempfile.TemporaryDirectory()  # no test finds weights that another run has kept
-os.environ["UNLEARNERS_CACHE"] = CACHE.name
+os.environ["UNLEARNERS_CACHE"] = tempfile.mkdtemp()  # no test finds weights that another run has kept
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or diffusers is imported, which read it once
 
+import atexit
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+atexit.register(shutil.rmtree, os.environ["UNLEARNERS_CACHE"])
 torch.set_num_threads(1)
 settings.register_profile("unlearners", deadline=None)  # a loaded machine is slow, not wrong
 settings.load_profile("unlearners")

@@ -57,7 +57,7 @@ def test_a_checkpoint_by_its_architecture(name: str, spec: str, suffix: str, tmp
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path: Path) -> None:
     torch.save(nets.build("resnet20_cifar", 3).state_dict(), tmp_path / "x.pth")
-    with pytest.raises(RefusedError, match="name the architecture it was trained with|name its own architecture"):
+    with pytest.raises(RefusedError, match=r"name the architecture it was trained with|name its own architecture"):
         load(f"{tmp_path / 'x.pth'}@resnet18_cifar")
 
 

@@ -1,0 +1,309 @@
+"""Which weights matter for some data: the statistic, its k-th value without a sort, masks, their files, and freezing the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import NonFiniteError, RefusedError, UsageError
+
+Statistic = Literal["abs_sum", "sum_abs", "sum_sq"]
+Scope = Literal["global", "layer"]
+Control = Literal["saliency", "random", "inverted", "all"]
+Weights = Mapping[str, Tensor]
+Batch = TypeVar("Batch", bound=Mapping[str, Any])
+
+STEPS = 200
+"""levels that a byte tells apart: densities are multiples of 1 / 200"""
+DIGITS = ((16, 15), (8, 8), (0, 8))
+"""(shift, width) of the digits of a non-negative float32's bits, the highest first"""
+CHUNK = 1 << 22  # values looked at together; bounds the working memory
+
+
+# --- the statistic ------------------------------------------------------------------------------------------------
+def mean(
+    weights: Weights, loss: Callable[[Batch], Tensor], batches: Iterable[Batch], of: Callable[[Tensor], Tensor] = lambda g: g
+) -> dict[str, Tensor]:
+    """The mean over examples of ``of(g)``, g the gradient of a batch's mean loss; every batch counts with its number of examples.
+
+    Summed where the weights are, in float32 (float64 for float64 weights). ``weights`` need gradients; one that ``loss`` does not
+    touch gets 0. With ``of`` the identity the batch size does not matter.
+    """
+    total = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights.values()]
+    seen = 0
+    for batch in batches:
+        n = len(next(iter(batch.values())))
+        grads = torch.autograd.grad(loss(batch), list(weights.values()), allow_unused=True, materialize_grads=True)
+        torch._foreach_add_(total, [of(g.to(t.dtype)) for g, t in zip(grads, total, strict=True)], alpha=n)
+        seen += n
+    if not seen:
+        raise UsageError("there are no examples to take gradients on; name at least one")
+    torch._foreach_div_(total, seen)
+    return dict(zip(weights, total, strict=True))
+
+
+def measure(
+    weights: Weights, loss: Callable[[Batch], Tensor], batches: Iterable[Batch], statistic: Statistic = "abs_sum"
+) -> dict[str, Tensor]:
+    """How much each weight matters for the loss: |sum g| (the paper's), sum |g|, or sum g^2 over the batches, up to one factor."""
+    if statistic == "abs_sum":
+        return {n: g.abs_() for n, g in mean(weights, loss, batches).items()}
+    return mean(weights, loss, batches, Tensor.abs if statistic == "sum_abs" else Tensor.square)
+
+
+# --- the k-th value -----------------------------------------------------------------------------------------------
+def count(density: float, n: int) -> int:
+    """floor(density n), with the density as the decimal number it is written as: 0.29 of 100 is 29."""
+    if not 0 <= density <= 1:
+        raise UsageError(f"density is {density} but must be between 0 and 1")
+    return int(Fraction(repr(density)) * n)
+
+
+def stepped(density: float) -> bool:
+    """Whether ``levels`` hold the mask of this density."""
+    return (Fraction(repr(density)) * STEPS).denominator == 1
+
+
+def kth(values: Sequence[Tensor], ranks: Sequence[int]) -> list[tuple[float, int]]:
+    """For each rank k in 1 … N the k-th largest of all ``values``, and how many of those equal to it belong to the first k.
+
+    ``values`` are non-negative and ranked in float32. A radix search: such floats are ordered as their bits, so three histograms
+    (of 15, 8 and 8 bits) find any number of ranks in three passes, without a sort and with little memory beside the values.
+    """
+    wanted = [(0, k) for k in ranks]  # (the digits found so far, the rank among the values that begin with them)
+    for shift, width in DIGITS:
+        heads = sorted({head for head, _ in wanted})
+        larger = _histogram(values, heads, shift, width).flip(1).cumsum(1)  # (heads, 2^width): values up from each digit
+        found = []
+        for head, k in wanted:
+            row = larger[heads.index(head)]
+            at = int(torch.searchsorted(row, k))  # digits from the largest down
+            found.append(((head << width) + len(row) - 1 - at, k - (int(row[at - 1]) if at else 0)))
+        wanted = found
+    return [(_value(bits), k) for bits, k in wanted]
+
+
+def _histogram(values: Sequence[Tensor], heads: Sequence[int], shift: int, width: int) -> Tensor:
+    """(heads, 2^width) counts of the digit at ``shift`` among the values whose bits above it are each head; on the CPU."""
+    counts = torch.zeros(len(heads) << width, dtype=torch.long)
+    for b in map(_bits, _chunks(values)):
+        digit = (b >> shift) & ((1 << width) - 1)
+        if shift + width < 31:
+            known = torch.tensor(heads, dtype=torch.int32, device=b.device)
+            head = b >> (shift + width)
+            slot = torch.searchsorted(known, head, out_int32=True).clamp_(max=len(heads) - 1)
+            digit = ((slot << width) + digit)[known[slot] == head]
+        counts += torch.bincount(digit, minlength=len(counts)).cpu()
+    return counts.view(len(heads), -1)
+
+
+def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
+    return (part for v in values for part in v.detach().reshape(-1).split(CHUNK))
+
+
+def _bits(values: Tensor) -> Tensor:
+    """Non-negative floats as the int32 of their bits, which has the same order."""
+    return values.to(torch.float32).contiguous().view(torch.int32)
+
+
+def _value(bits: int) -> float:
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32).item()
+
+
+def place(values: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+    """For each value how many of ``ranks`` (ascending, below 256 of them) it is not among the first of; uint8, shaped as ``values``.
+
+    The largest value comes first. Of equal values the one with the lower flat index comes first, counted through all ``values`` in
+    the order given and row by row within each. So exactly k places are 0 … i for the i-th rank k.
+    """
+    total = sum(v.numel() for v in values)
+    inner = [k for k in ranks if 0 < k < total]
+    zeros, places = sum(k <= 0 for k in ranks), [torch.zeros(v.numel(), dtype=torch.uint8, device=v.device) for v in values]
+    found = kth(values, inner) if inner else []
+    edges = torch.tensor([t for t, _ in reversed(found)], dtype=torch.float32)  # ascending
+    takes: dict[float, list[int]] = {}  # of the values equal to an edge: how many are among the first k, for each rank
+    for t, take in found:
+        takes.setdefault(t, []).append(take)
+    equal = dict.fromkeys(takes, 0)
+    parts = [part for p in places for part in p.split(CHUNK)]
+    for v, part in zip(_chunks(values), parts, strict=True):
+        v, at = v.to(torch.float32).contiguous(), edges.to(v.device)
+        above = torch.searchsorted(at, v, right=True, out_int32=True)  # edges that are not above v
+        part += (zeros + len(found) - above).to(torch.uint8)
+        if not found:
+            continue
+        tied = (above > 0) & (at[(above - 1).clamp_(min=0)] == v)
+        rows = tied.nonzero().flatten()
+        for t in v[rows].unique().tolist():
+            mine = rows[v[rows] == t]
+            order = equal[t] + torch.arange(len(mine), device=v.device)
+            part[mine] += torch.searchsorted(torch.tensor(takes[t], device=v.device), order, right=True).to(torch.uint8)
+            equal[t] += len(mine)
+    return [p.view(v.shape) for p, v in zip(places, values, strict=True)]
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+def levels(saliency: Weights, scope: Scope = "global") -> dict[str, Tensor]:
+    """One byte for each weight: the smallest i in 1 … 200 for which it is among the floor(i N / 200) most salient.
+
+    The mask of density i / 200 is ``levels <= i``: exactly floor(density N) weights, the same as from the statistic itself, equal
+    ones by ``place``'s rule. With scope "layer" N is the size of each tensor and every tensor is ranked by itself.
+    """
+    _finite(saliency)
+    return _within(saliency, scope, lambda v: [p + 1 for p in place(v, [i * _size(v) // STEPS for i in range(1, STEPS)])])
+
+
+def choose(saliency: Weights, density: float, control: Control = "saliency", scope: Scope = "global") -> dict[str, Tensor]:
+    """True for exactly floor(density N) weights: the most salient, at random (equal in number), or the least salient (inverted).
+
+    ``saliency`` is the statistic, uint8 ``levels`` (for densities that are multiples of 1 / 200), or a finished bool mask, which is
+    returned. "all" takes every weight. Equal ones go by ``place``'s rule; inverted takes what the N - floor(density N) most salient
+    leave. Random masks are drawn from the global generator.
+    """
+    if control == "all":
+        return {n: torch.ones_like(s, dtype=torch.bool) for n, s in saliency.items()}
+    kinds = {s.dtype for s in saliency.values()}
+    if control == "random":
+        saliency = {n: torch.rand(s.shape).to(s.device) for n, s in saliency.items()}
+    elif kinds == {torch.bool}:
+        if control != "saliency":
+            raise UsageError("a file of a mask has no least salient weights; give a saliency_file that holds levels")
+        return dict(saliency)
+    elif kinds == {torch.uint8}:
+        if not stepped(density):
+            raise UsageError(f"a file of levels tells densities apart in steps of {1 / STEPS}, and {density} lies between two; round it")
+        saliency = {n: (STEPS - s).to(torch.float32) for n, s in saliency.items()}
+    _finite(saliency)
+
+    def most(v: Sequence[Tensor]) -> list[Tensor]:
+        k = count(density, _size(v))
+        return [p == 0 for p in place(v, [k])] if control != "inverted" else [p == 1 for p in place(v, [_size(v) - k])]
+
+    return _within(saliency, scope, most)
+
+
+def _within(saliency: Weights, scope: Scope, rank: Callable[[Sequence[Tensor]], list[Tensor]]) -> dict[str, Tensor]:
+    groups = [[n] for n in saliency] if scope == "layer" else [list(saliency)]
+    ranked = [t for group in groups for t in rank([saliency[n] for n in group])]
+    return dict(zip(saliency, ranked, strict=True))
+
+
+def _size(values: Iterable[Tensor]) -> int:
+    return sum(v.numel() for v in values)
+
+
+def _finite(saliency: Weights) -> None:
+    if bad := [n for n, s in saliency.items() if not torch.isfinite(s).all()]:
+        raise NonFiniteError(f"the saliency of '{bad[0]}' is not finite; check the model's loss on the forget set, or use float32")
+
+
+# --- freezing -----------------------------------------------------------------------------------------------------
+class Freeze:
+    """Holds every weight outside ``mask`` at the bits it has now, whatever the optimiser does with momentum, weight decay or AMP.
+
+    After ``backward``: ``gradients()``, then clipping; after ``step``: ``restore()``. Values are chosen, not computed (so -0.0 and
+    NaN stay too), and nothing is read back from the device.
+    """
+
+    def __init__(self, weights: Weights, mask: Weights) -> None:
+        self.weights = weights
+        self.held = []  # (weight, where it is held, its value): what is wholly in the mask needs nothing
+        for n, w in weights.items():
+            out = torch.empty_like(w, dtype=torch.bool).copy_(~mask[n])  # in the weight's memory format
+            if out.any():
+                self.held.append((w, out, w.detach().clone()))
+
+    @torch.no_grad()
+    def gradients(self) -> None:
+        """Zero the gradients outside the mask, also such that are not finite."""
+        for w, out, _ in self.held:
+            if w.grad is not None:
+                w.grad.masked_fill_(out, 0)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put every weight outside the mask back."""
+        for w, out, start in self.held:
+            torch.where(out, start, w.detach(), out=w.detach())
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a saliency file was made from; all of it stands in the file's header."""
+
+    model: str
+    """hash of the weights the gradients were taken at"""
+    data: str
+    """hash of the forget set"""
+    loss: str
+    statistic: Statistic
+    scope: Scope = "global"
+    augment: bool = False
+    """whether the examples were augmented"""
+    batch: int = 0
+    """examples in a gradient; 0 when the statistic does not depend on it"""
+    seed: int = 0
+    """of the noise and augmentation in the pass"""
+    density: float = -1.0
+    """of a mask; -1 for levels, from which any density is read"""
+    seconds: float = 0.0
+    """what the pass over the data took"""
+    direction: Literal["top"] = "top"
+    """the mask marks the most salient weights"""
+
+    def differs(self, other: About) -> str:
+        """The first thing that two saliencies are not of in common, "" when one may stand for the other."""
+        same = ("model", "data", "loss", "statistic", "scope", "augment", "batch", "direction")
+        return next((k for k in same if getattr(self, k) != getattr(other, k)), "")
+
+
+def save(path: str | Path, tensors: Weights, about: About) -> None:
+    """Write levels (uint8: a byte for each weight) or a mask (bool: a bit for each) as safetensors, whole or not at all."""
+    shapes = {n: list(t.shape) for n, t in tensors.items()}
+    meta = {"about": json.dumps(asdict(about), sort_keys=True), "shapes": json.dumps(shapes)}
+    draft = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        save_file({n: (pack(t) if t.dtype == torch.bool else t.reshape(-1)).cpu() for n, t in tensors.items()}, draft, meta)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def load(path: str | Path, weights: Weights) -> tuple[dict[str, Tensor], About]:
+    """The levels (uint8) or mask (bool) of a file, on the devices of ``weights``, and what it was made from.
+
+    Raises ``RefusedError`` for a damaged file and for one of other weights.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            flat, meta = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
+        about, shapes = About(**json.loads(meta["about"])), json.loads(meta["shapes"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        raise RefusedError(f"{path} is damaged or no saliency file; delete it and it is computed again") from None
+    if {n: list(w.shape) for n, w in weights.items()} != shapes:
+        raise RefusedError(f"{path} holds the saliency of other weights than these; delete it, or give another file")
+    back = {n: unpack(flat[n], w.numel()) if about.density >= 0 else flat[n] for n, w in weights.items()}
+    return {n: t.view(weights[n].shape).to(weights[n].device) for n, t in back.items()}, about
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A mask as bits: uint8 (ceil(n / 8),), the first weight in the lowest bit, zeros after the last."""
+    flat = mask.reshape(-1).to(torch.uint8)
+    flat = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=flat.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """The first ``n`` bits of ``pack``, as bool (n,)."""
+    return ((packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1).bool().reshape(-1)[:n]
