@@ -1,6 +1,6 @@
 """SalUn here against a plain PyTorch loop in the order of the official code, on the same network, pictures and settings.
 
-    python bench/perf/salun.py --net resnet20_cifar --images 1500 --epochs 2 --repeats 2
+    python bench/perf/salun.py --net resnet20_cifar --images 3000 --epochs 2 --repeats 3
 
 Both begin at the same trained weights and take as many steps on as many pictures. The last line is one JSON object; README.md says
 what is in it.
@@ -154,13 +154,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="resnet20_cifar", help="architecture, for example resnet18_cifar")
     parser.add_argument("--data", default="canvas", help="source of the pictures")
-    parser.add_argument("--images", type=int, default=1500, help="training pictures; a tenth is forgotten")
+    parser.add_argument("--images", type=int, default=3000, help="training pictures; a tenth is forgotten")
     parser.add_argument("--epochs", type=int, default=2, help="of unlearning")
-    parser.add_argument("--original", type=int, default=10, help="epochs the original is trained for")
-    parser.add_argument("--repeats", type=int, default=2, help="of each side, in turn")
+    parser.add_argument("--original", type=int, default=8, help="epochs the original is trained for")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side, in turn")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="what our network computes in; the other side is float32")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(DTYPES), help="what our network computes in; the other side is float32")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

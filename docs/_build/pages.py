@@ -12,14 +12,14 @@ import json
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import unlearners
-from unlearners import cli, config, registry
+from unlearners import cli, registry
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = {"methods": "Methods", "attacks": "Attacks", "metrics": "Metrics", "judges": "Judges"}
@@ -29,7 +29,51 @@ ABOUT = {
     "metrics": "A metric turns pictures, labels or verdicts into a number with its uncertainty.",
     "judges": "A judge reads pictures: one label for each picture in one domain. A task names its judge.",
 }
-PUBLIC = ("load", "erase", "attack", "evaluate", "report", "export", "bench", "names")
+PUBLIC = ("load", "train", "erase", "attack", "evaluate", "report", "export", "bench", "names")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """What the examples of a page are about."""
+
+    target: str
+    task: str
+    other: str
+    """another task"""
+    kind: str
+    """what that one is about"""
+    method: str
+    preset: str = ""
+    out: str
+    """the run folder of ``method``"""
+
+    @property
+    def erase(self) -> str:
+        """The command that makes the run folder."""
+        preset = f" --preset {self.preset}" if self.preset else ""
+        return f"unlearn erase {self.method} {self.target} {self.task}{preset} --out {self.out}"
+
+    @property
+    def call(self) -> str:
+        """The same in Python."""
+        preset = f', preset="{self.preset}"' if self.preset else ""
+        return f'erase("{self.method}", "{self.target}", "{self.task}"{preset})'
+
+
+EXAMPLES = {
+    "stable_diffusion": Example(
+        target="canvas", task="canvas/neon", other="canvas/fish", kind="an object", method="uce", out="runs/neon"
+    ),
+    "classifier": Example(
+        target="canvas-classifier", task="objects/fish", other="objects/random10", kind="a tenth of the pictures",
+        method="salun", preset="short", out="runs/no-fish",
+    ),
+    "ddpm": Example(
+        target="canvas-ddpm", task="objects/draw-fish", other="objects/draw-cup", kind="another class",
+        method="salun", preset="ddpm", out="runs/draws-no-fish",
+    ),
+}  # fmt: skip
+"""by family; a page takes the first whose targets its class serves"""
 
 
 # --- MkDocs' events -----------------------------------------------------------------------------------------------
@@ -217,11 +261,22 @@ def _facts(kind: str, name: str, known: dict[str, Any]) -> str:
         lines.append(f"Paper: {link} ([index](../paper_index.md))")
     if "needs" in known:
         lines.append("Needs: any target" if known["needs"] == "Target" else f"Needs: a `{known['needs']}` target")
+        lines.append(f"Serves: {', '.join(f'`{family}`' for family in serves(registry.get(kind, name)))}")
     if "access" in known:
         lines.append("Access: " + ("white box, it uses gradients" if known["access"] == "white" else "black box, it sees pictures only"))
     if "higher_is_better" in known:
         lines.append(f"Better: {'higher' if known['higher_is_better'] else 'lower'}. Version {known['version']}")
     return "\n".join(f"- {line}" for line in [*lines, f"File: `src/unlearners/{kind}/{name}.py`"])
+
+
+def serves(cls: Any) -> list[str]:
+    """The families of targets that a method, attack or metric can be given."""
+    return [family for family in registry.names("targets") if issubclass(registry.get("targets", family), cls.needs)]
+
+
+def example(cls: Any) -> Example:
+    """What the examples of a method, attack or metric are about."""
+    return next(e for family, e in EXAMPLES.items() if family in serves(cls))
 
 
 def _fields(fields: list[dict[str, Any]]) -> str:
@@ -238,59 +293,75 @@ def _logged(text: str) -> str:
 
 
 def _method(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
-    quick = "fast" if "fast" in known["presets"] else ""
+    e = example(cls)
+    quick = next((p for p in ("fast", "short") if p in known["presets"]), "")
+    lines = [f"unlearn erase {name} {e.target} {e.task}{f' --preset {quick}' if quick else ''}"]
+    if "ddpm" in known["presets"]:
+        lines.append(f"unlearn erase {name} {EXAMPLES['ddpm'].target} {EXAMPLES['ddpm'].task} --preset ddpm")
     fields = {f["name"]: f["default"] for f in known["fields"]}
     return [
         "Command line:",
-        fence("bash", f"unlearn erase {name} canvas canvas/neon{f' --preset {quick}' if quick else ''}\nunlearn erase {name} --help"),
+        fence("bash", "\n".join([*lines, f"unlearn erase {name} --help"])),
         "Python:",
         fence(
             "python",
             f"from unlearners import erase\nfrom unlearners.methods.{name} import {cls.__name__}\n\n"
-            f'folder = erase("{name}", "canvas", "canvas/neon"{f", preset={json.dumps(quick)}" if quick else ""})\n'
-            f'folder = erase({cls.__name__}(), "canvas", "canvas/fish")  # the same with an object; here with the defaults',
+            f'folder = erase("{name}", "{e.target}", "{e.task}"{f", preset={json.dumps(quick)}" if quick else ""})\n'
+            f'folder = erase({cls.__name__}(), "{e.target}", "{e.other}")  # the same with {e.kind}; here with the defaults',
         ),
         "YAML, here with every default written out; leave out what you do not change:",
         fence("yaml", f"# {name}.yaml\n{_yaml(fields)}"),
-        fence("bash", f"unlearn erase {name} canvas canvas/neon --config {name}.yaml"),
+        fence("bash", f"unlearn erase {name} {e.target} {e.task} --config {name}.yaml"),
     ]
 
 
 def _attack(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
+    e = example(cls)
     quick = " --preset fast" if "fast" in known["presets"] else ""
     fields = {f["name"]: f["default"] for f in known["fields"]}
     return [
         "Command line, on a run folder:",
-        fence("bash", f"{ERASE}\nunlearn attack {name} runs/neon{quick}\nunlearn attack {name} --help"),
+        fence("bash", f"{e.erase}\nunlearn attack {name} {e.out}{quick}\nunlearn attack {name} --help"),
         "Python:",
         fence(
             "python",
-            f'from unlearners import attack, erase\nfrom unlearners.attacks.{name} import {cls.__name__}\n\n'
-            f'folder = erase("uce", "canvas", "canvas/neon")\n'
+            f"from unlearners import attack, erase\nfrom unlearners.attacks.{name} import {cls.__name__}\n\n"
+            f"folder = {e.call}\n"
             f"attack({cls.__name__}(), folder)\n"
             f'attack("{name}", folder{", preset=" + json.dumps("fast") if quick else ""})  # or by name',
         ),
         "YAML, here with every default written out; leave out what you do not change:",
         fence("yaml", f"# {name}.yaml\n{_yaml(fields)}"),
-        fence("bash", f"unlearn attack {name} runs/neon --config {name}.yaml"),
+        fence("bash", f"unlearn attack {name} {e.out} --config {name}.yaml"),
     ]
 
 
 def _metric(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
-    attacked = ".verdicts" in inspect.getsource(cls)  # it reads what attacks found
-    first = "\nunlearn attack random_tokens runs/neon --preset fast" if attacked else ""
-    then = '\nattack("random_tokens", folder, preset="fast")' if attacked else ""
-    spec = {"tasks": ["canvas/neon"], "methods": [{"name": "uce"}], "metrics": [name]}
-    spec |= {"attacks": [{"name": "random_tokens", "preset": "fast"}]} if attacked else {}
-    imports = "attack, erase, evaluate" if attacked else "erase, evaluate"
+    e, reads = example(cls), inspect.getsource(cls)
+    before, flags, options, imports = [e.erase], "", "", ["erase", "evaluate"]
+    calls = [f"folder = {e.call}"]
+    methods = [{"name": e.method} | ({"preset": e.preset} if e.preset else {})]
+    spec = ({"target": e.target} if e.target != "canvas" else {}) | {"tasks": [e.task], "methods": methods, "metrics": [name]}
+    if ".verdicts" in reads:  # what attacks found
+        before.append(f"unlearn attack random_tokens {e.out} --preset fast")
+        calls.append('attack("random_tokens", folder, preset="fast")')
+        imports.insert(0, "attack")
+        spec["attacks"] = [{"name": "random_tokens", "preset": "fast"}]
+    if ".references" in reads:  # models that never saw the forget set
+        retrained = replace(e, method="retrain", out=f"{e.out}-retrained")
+        before.append(retrained.erase)
+        calls.append(f"retrained = {retrained.call}")
+        flags, options = f" --references {retrained.out}", ", references=[retrained]"
+        methods.insert(0, {"name": "retrain", "preset": e.preset})
+    commands = [*before, f"unlearn evaluate {e.out} --metrics {name}{flags}"]
+    calls.append(f"evaluate(folder, metrics=[{cls.__name__}()]{options})")
     return [
         "Command line:",
-        fence("bash", f"{ERASE}{first}\nunlearn evaluate runs/neon --metrics {name}"),
+        fence("bash", "\n".join(commands)),
         "Python; a metric's fields are set on the object:",
         fence(
             "python",
-            f"from unlearners import {imports}\nfrom unlearners.metrics.{name} import {cls.__name__}\n\n"
-            f'folder = erase("uce", "canvas", "canvas/neon"){then}\nevaluate(folder, metrics=[{cls.__name__}()])',
+            f"from unlearners import {', '.join(imports)}\nfrom unlearners.metrics.{name} import {cls.__name__}\n\n" + "\n".join(calls),
         ),
         "YAML: the `metrics` of a grid, or the `suite` of a task:",
         fence("yaml", f"# grid-{name}.yaml\n{yaml.safe_dump(spec, sort_keys=False, default_flow_style=None)}".rstrip()),
@@ -300,10 +371,10 @@ def _metric(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
 
 def _judge(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
     probes = [
-        {"prompt": "A cup image in neon style.", "truth": {"style": "neon", "object": "cup"}},
-        {"prompt": "A cup image in mosaic style.", "truth": {"style": "mosaic", "object": "cup"}},
+        {"prompt": "A fish image in photo style.", "truth": {"style": "photo", "object": "fish"}},
+        {"prompt": "A cup image in photo style.", "truth": {"style": "photo", "object": "cup"}},
     ]
-    spec = {"kind": "style", "concepts": ["neon"], "anchors": ["photo"], "preserve": ["mosaic"], "judge": name, "probes": probes}
+    spec = {"kind": "object", "concepts": ["fish"], "anchors": ["bird"], "preserve": ["cup"], "judge": name, "probes": probes}
     return [
         "YAML: a task names its judge.",
         fence("yaml", f"# judged-by-{name}.yaml\n{yaml.safe_dump(spec, sort_keys=False)}".rstrip()),
@@ -311,14 +382,14 @@ def _judge(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
         "Python: a judge is an object like the others.",
         fence(
             "python",
-            f"from dataclasses import replace\n\nfrom unlearners import erase, tasks\nfrom unlearners.judges.{name} import {cls.__name__}\n\n"
+            "from dataclasses import replace\n\nfrom unlearners import erase, tasks\n"
+            f"from unlearners.judges.{name} import {cls.__name__}\n\n"
             f"judge = {cls.__name__}()\n"
-            f'task = replace(tasks.load("canvas/neon"), judge="{name}")\nfolder = erase("uce", "canvas", task)',
+            f'task = replace(tasks.load("canvas/fish"), judge="{name}")\nfolder = erase("uce", "canvas", task)',
         ),
     ]
 
 
-ERASE = "unlearn erase uce canvas canvas/neon --out runs/neon"
 USES = {"methods": _method, "attacks": _attack, "metrics": _metric, "judges": _judge}
 
 
@@ -339,7 +410,9 @@ def reference() -> str:
         known = about("targets", name)
         groups = [(f"`{g}`", code(pattern)) for g, pattern in known["groups"].items()]
         parts += [f"## Target `{name}`", prose(_join(known["about"])), grid(("group of weights", "regular expression"), groups)]
-    parts.append("Add `:layers=0-3` to `text_encoder` for some of its layers. A regular expression over `component.parameter` is a group too.")
+    parts.append(
+        "Add `:layers=0-3` to `text_encoder` for some of its layers. A regular expression over `component.parameter` is a group too."
+    )
     parts += ["## Tasks", "`unlearn list tasks` prints this list, `unlearn show canvas/neon` one task."]
     rows = cli.List(what="tasks").do(None)["tasks"]
     parts.append(grid(("task", "what it asks"), [(f"`{r['name']}`", prose(r["summary"])) for r in rows]))
@@ -355,7 +428,11 @@ def python() -> str:
     parts = ["# Python functions", "The command line calls these; verbs and functions have the same names and arguments."]
     for name in PUBLIC:
         function = getattr(unlearners, name)
-        parts += [f"## {name}", fence("text", signature(name, function)), *(prose(p) for p in _join(inspect.getdoc(function) or "").split("\n\n"))]
+        parts += [
+            f"## {name}",
+            fence("text", signature(name, function)),
+            *(prose(p) for p in _join(inspect.getdoc(function) or "").split("\n\n")),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

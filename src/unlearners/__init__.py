@@ -1,4 +1,4 @@
-"""Erase a concept from an image generator, attack the result, measure it and look at it."""
+"""Make an image generator or a classifier forget, attack the result, measure it and look at it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from .run import erase as erase
     from .run import evaluate as evaluate
     from .targets import load as load
+    from .train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attack", "bench", "erase", "evaluate", "export", "load", "names", "report"]
+__all__ = ["__version__", "attack", "bench", "erase", "evaluate", "export", "load", "names", "report", "train"]
 
 _HOME = {
     "attack": "run", "bench": "bench", "erase": "run", "evaluate": "run", "export": "exports",
-    "load": "targets", "names": "registry", "report": "report",
+    "load": "targets", "names": "registry", "report": "report", "train": "train",
 }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """This package. ``bench`` and ``report`` are functions here, even after the modules of these names have been imported."""
+    """This package. ``bench``, ``report`` and ``train`` are functions here, even after the modules of these names have been imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

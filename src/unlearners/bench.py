@@ -1,20 +1,32 @@
-"""A YAML grid of methods × tasks × seeds × settings to run folders, and their numbers to one table."""
+"""A YAML grid of methods × tasks × seeds × settings to run folders, and their numbers to tables."""
 
 from __future__ import annotations
 
 import csv
 import itertools
 import json
+import math
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from . import config, registry, run, tasks
-from .errors import UnlearnError
+from . import config, registry, run, tables, tasks
+from .base import Data, Method, Run, Task
+from .board import Board
+from .errors import UsageError
+from .files import replacing
+from .session import Progress
+from .targets import absolute, is_run, read_run
+from .workers import Crew, Here, Job, Outcome, Processes, Ray, perform, turn
 
 COLUMNS = ("target", "task", "method", "seed", "metric", "value", "n", "low", "high", "device", "preset")
+REFERENCE = "retrain"  # the method that Avg. Gap is measured to
+GAP = ("ua", "ra", "ta", "mia")  # what it is the mean over
+REFERENCED = ("rmia",)  # the metrics that want models which never saw the forget set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +48,41 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A threshold: the mean of ``metric`` over the grid's rows of ``method`` and ``tasks`` is at least ``at_least``."""
+    """A threshold: the mean of ``metric`` over the grid's rows of ``method`` and ``tasks`` is at least or at most so much."""
 
     metric: str
     method: str
     tasks: tuple[str, ...] = ()
-    at_least: float
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.at_least is None and self.at_most is None:
+            raise UsageError(f"the check of {self.metric} of {self.method} compares with nothing; give at_least or at_most")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The original model of a grid, trained once for each seed with the recipe of ``retrain``."""
+
+    architecture: str
+    data: Data
+    preset: str = "paper"
+    """of retrain"""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """of retrain"""
+    label: str = ""
+    """what the tables call it; the architecture when empty"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """How ``--select`` chooses among a sweep's values, task by task: on the validation split, with the first seed."""
+
+    metrics: tuple[str, ...] = GAP
+    """what is measured"""
+    objective: Literal["gap", "max", "min"] = "gap"
+    """smallest mean distance to retrain, or largest or smallest mean"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +90,10 @@ class Grid:
     """What ``unlearn bench`` runs."""
 
     name: str
-    target: str = "canvas"
+    target: str = ""
+    """what the methods are run on; canvas when it is empty and nothing is trained"""
+    train: Train | None = None
+    """train the original first"""
     tasks: tuple[str, ...]
     methods: tuple[Cell, ...]
     attacks: tuple[Cell, ...] = ()
@@ -58,95 +102,487 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     image_seeds: int = 0
     """pictures for each prompt; 0 takes all of the task's seeds"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    gpus: float = 0.0
+    """what a run takes of a GPU with --executor ray: 0.5 puts two on one"""
+    select: Select = Select()
+    published: tuple[str, ...] = ()
+    """tables of published.yaml, beside the grid, to compare with"""
     checks: tuple[Check, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.train and self.target:
+            raise UsageError(f"grid {self.name} has a target and also trains one; take out 'target' or 'train'")
+        if not self.seeds or not self.tasks or not self.methods:
+            raise UsageError(f"grid {self.name} has nothing to run; give it at least one task, method and seed")
 
-def cells(grid: Grid) -> list[tuple[str, str, Cell, dict[str, Any], int]]:
-    """Every (task, label, cell, fields, seed) of a grid."""
-    out = []
+
+class Planned(NamedTuple):
+    """One run of a grid."""
+
+    task: str
+    label: str
+    cell: Cell
+    fields: dict[str, Any]
+    seed: int
+
+
+Chosen = Mapping[tuple[str, str], Mapping[str, Any]]  # (task, label) → the swept fields' values
+Candidate = tuple[Planned, Mapping[str, Any]]  # a run to choose from, under its plain label, and the swept fields' values
+
+
+def cells(grid: Grid, chosen: Chosen | None = None) -> list[Planned]:
+    """Every run of a grid; with ``chosen`` a sweep is only its chosen values, under the plain label."""
+    out: list[Planned] = []
     for cell in grid.methods:
-        for values in itertools.product(*cell.sweep.values()):
-            chosen = dict(zip(cell.sweep, values, strict=True))
-            label = (cell.label or cell.name) + (f"[{','.join(f'{k}={v}' for k, v in chosen.items())}]" if chosen else "")
+        label = cell.label or cell.name
+        if chosen is not None and cell.sweep:
+            pairs = [(t, chosen[t, label]) for t in cell.tasks or grid.tasks if (t, label) in chosen]
+            out += [Planned(t, label, cell, {**cell.fields, **values}, seed) for t, values in pairs for seed in grid.seeds]
+            continue
+        for values in points(cell):
+            name = label + (f"[{written(values)}]" if values else "")
             for task, seed in itertools.product(cell.tasks or grid.tasks, grid.seeds):
-                out.append((task, label, cell, {**cell.fields, **chosen}, seed))
+                out.append(Planned(task, name, cell, {**cell.fields, **values}, seed))
     return out
 
 
-def bench(
-    grid: str | Path, *, runs: str | Path = "", results: str | Path = "", check: bool = False, progress: run.Progress | None = None
-) -> dict[str, Any]:
-    """Run the grid file ``grid``; finished cells are skipped, interrupted ones resume, a failing one is noted and passed.
+def points(cell: Cell) -> list[dict[str, Any]]:
+    """Every combination of a sweep's values; one empty one without a sweep."""
+    return [dict(zip(cell.sweep, values, strict=True)) for values in itertools.product(*cell.sweep.values())]
 
-    Writes ``bench/results/<name>/results.csv`` (or into ``results``) with the grid beside it, after every cell. Returns
-    {"results", "rows", "errors", "failed"}; with ``check``, ``failed`` names the thresholds that are missed.
+
+def written(values: Mapping[str, Any]) -> str:
+    """``lr=0.1,alpha=2``."""
+    return ",".join(f"{k}={v}" for k, v in values.items())
+
+
+def read(path: str | Path) -> Grid:
+    """A grid file, checked as far as that is possible before anything runs. Raises ``UsageError``."""
+    path = Path(path)
+    spec: Grid = config.build(Grid, {"name": path.stem, **config.load_yaml(path)}, where=str(path))
+    named = {t: tasks.load(t) for t in {*spec.tasks, *(t for c in (*spec.methods, *spec.attacks) for t in c.tasks)}}
+    for kind, parts in (("methods", spec.methods), ("attacks", spec.attacks)):
+        for cell in parts:
+            for values in points(cell):
+                _made(kind, cell, {**cell.fields, **values})
+    for metric in spec.metrics:
+        registry.path("metrics", metric)
+    seen = set()
+    for task, label, cell, _, seed in cells(spec):
+        if (task, label, seed) in seen:
+            raise UsageError(f"two methods of grid {spec.name} are called '{label}' on {task}; give {cell.name} a 'label' of its own")
+        seen.add((task, label, seed))
+    if spec.train:
+        _recipe(spec.train)
+        for name, wanted in named.items():
+            one, other = spec.train.data, wanted.forget
+            if one.source == other.source and (one.seed, one.validation) != (other.seed, other.validation):
+                raise UsageError(
+                    f"the original is trained on another split than {name} forgets from; give train.data of grid {spec.name} "
+                    f"seed {other.seed} and validation {other.validation:g}"
+                )
+    return spec
+
+
+# --- the verb -----------------------------------------------------------------------------------------------------
+def bench(
+    grid: str | Path,
+    *,
+    runs: str | Path = "",
+    results: str | Path = "",
+    check: bool = False,
+    select: bool = False,
+    executor: Literal["local", "ray"] = "local",
+    jobs: int = 0,
+    gpus: float = 0.0,
+    device: str = "",
+    console: Any = None,
+) -> dict[str, Any]:
+    """Run the grid file ``grid``; finished runs are skipped, interrupted ones resume, a failing one is noted and passed.
+
+    Run folders go to ``runs`` (``runs/<name>``), tables to ``results`` (``results/<name>`` beside the grid): results.csv after every
+    run, then table.md, table.tex, table.html and the grid. ``jobs`` runs are done at once: 0 is one in this process, or with Ray as many
+    as there is room for. ``gpus`` (with Ray, for each run) and ``device`` are the grid's when 0 and empty. ``select`` first chooses among
+    each sweep's values on the validation split and writes selected.csv. ``console`` is a rich Console for the live table.
+
+    Returns {"results", "tables", "selected", "rows", "errors", "failed"}; ``failed`` has the errors and, with ``check``, the thresholds
+    that are missed. Raises ``UsageError`` for a wrong grid before anything is run.
     """
     path = Path(grid)
-    spec: Grid = config.build(Grid, {"name": path.stem, **config.load_yaml(path)}, where=str(path))
-    for task in {*spec.tasks, *(t for c in (*spec.methods, *spec.attacks) for t in c.tasks)}:
-        tasks.load(task)
-    todo = cells(spec)
-    for _, _, cell, fields, _ in todo:
-        _made("methods", cell, fields)
-    for cell in spec.attacks:
-        _made("attacks", cell, cell.fields)
+    spec = read(path)
+    spec = replace(spec, device=device or spec.device)
+    compared = tables.published(path.parent / "published.yaml", spec.published)
+    if jobs < 0:
+        raise UsageError(f"{jobs} jobs cannot run at once; give --jobs 1 or more")
+    plan = _Plan(spec, Path(runs) if runs else Path("runs") / spec.name)
+    if select:
+        plan.check_selection()
     folder = Path(results) if results else path.parent / "results" / spec.name
-    folder.mkdir(parents=True, exist_ok=True)
-    store = Path(runs) if runs else Path("runs") / spec.name
-    rows: list[dict[str, Any]] = []
-    errors: list[str] = []
-    for done, (task, label, cell, fields, seed) in enumerate(todo):
-        if progress:
-            progress("cells", done, len(todo), {})
+    crew: Crew
+    with Board(console) as board:
+        if executor == "ray":
+            crew = Ray(jobs, gpus=gpus or spec.gpus)
+        elif jobs > 1:
+            crew = Processes(jobs, plan.store / "workers.log", board.progress, gpus=spec.device == "cuda")
+        else:
+            crew = Here(board.progress)
+        board.size = crew.size
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            rows += _cell(spec, store, task, label, cell, fields, seed, progress)
-        except (UnlearnError, RuntimeError) as error:  # RuntimeError: out of memory
-            errors.append(f"{label} on {task}, seed {seed}: {(str(error).splitlines() or [type(error).__name__])[0]}")
-        _write(folder / "results.csv", rows)
+            return _bench(plan, path, folder, crew, board, compared, check=check, select=select)
+        finally:
+            crew.close()
+
+
+def _bench(
+    plan: _Plan, path: Path, folder: Path, crew: Crew, board: Board, compared: Sequence[tables.Published], *, check: bool, select: bool
+) -> dict[str, Any]:
+    spec, errors, notes, chosen = plan.spec, list[str](), dict[tuple[str, str], str](), None
     if path.resolve() != (folder / path.name).resolve():
         shutil.copy(path, folder / path.name)
-    missed = [m for c in spec.checks if (m := _missed(c, rows))] if check else []
-    return {"results": str(folder / "results.csv"), "rows": rows, "errors": errors, "failed": [*missed, *errors]}
+
+    def do(todo: Sequence[Job], after: Any = None) -> dict[str, Outcome]:
+        board.add(todo)
+        done: dict[str, Outcome] = {}
+
+        def over(job: Job, outcome: Outcome) -> None:
+            board.over(job, outcome)
+            done[job.key] = outcome
+            if after:
+                after(done)
+
+        perform(todo, crew, over, board.began)
+        errors.extend(_errors(todo, done, plan.store / "errors.log"))
+        return done
+
+    if select:
+        candidates = plan.candidates()
+        done = do(plan.validations(candidates))
+        chosen, choice, missing = choose(plan, candidates, done)
+        errors.extend(missing)
+        _write(folder / "selected.csv", choice, list(choice[0]) if choice else [])
+        notes = {(r["task"], r["method"]): r["note"] for r in choice if r["chosen"] and r["note"]}
+    planned = cells(spec, chosen)
+    keys = [plan.score(p).key for p in planned]
+
+    def rows(done: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+        found = [r for k in keys if k in done and done[k].good for r in done[k].value]
+        return _gaps(list({tuple(r[c] for c in COLUMNS[:5]): r for r in found}.values()), plan.reference)
+
+    done = do(plan.jobs(planned), lambda done: _write(folder / "results.csv", rows(done), COLUMNS))
+    table = rows(done)
+    _write(folder / "results.csv", table, COLUMNS)
+    order = list(dict.fromkeys(p.label for p in planned))
+    files = tables.write(folder, spec.name, table, order, compared, notes, plan.reference)
+    missed = [m for c in spec.checks if (m := _missed(c, table))] if check else []
+    out = {"results": str(folder / "results.csv"), "tables": [str(f) for f in files], "rows": table, "errors": errors}
+    return out | {"selected": str(folder / "selected.csv") if select else "", "failed": [*missed, *errors]}
 
 
-def _cell(
-    spec: Grid, store: Path, task: str, label: str, cell: Cell, fields: Mapping[str, Any], seed: int, progress: run.Progress | None
-) -> list[dict[str, Any]]:
-    method = _made("methods", cell, fields)
-    folder = run.erase(method, spec.target, task, runs=store, seed=seed, device=spec.device, progress=progress)
-    for a in spec.attacks:
-        if cell.attacked and (not a.tasks or task in a.tasks):
-            run.attack(_made("attacks", a, a.fields), folder, prompts=a.prompts, device=spec.device, progress=progress)
-    seeds = tasks.load(task).seeds[: spec.image_seeds or None]
-    run.evaluate(folder, metrics=spec.metrics or None, seeds=seeds, device=spec.device, progress=progress)
-    env = json.loads((folder / "run.json").read_text())["env"]
-    common = {"target": spec.target, "task": task, "seed": seed, "device": f"{env['device']} {env['hardware']}"}
+def _errors(todo: Iterable[Job], done: Mapping[str, Outcome], log: Path) -> list[str]:
+    """A line for each job that failed; tracebacks go to ``log``."""
     out = []
-    for row in run.results(folder):
-        score = {k: row[k] for k in ("value", "n", "low", "high")}
-        out.append({**common, "method": label, "metric": row["metric"], **score, "preset": cell.preset or "paper"})
-        if row["before"]:
-            out.append({**common, "method": "original", "metric": row["metric"], **row["before"], "preset": ""})
+    for job in todo:
+        outcome = done[job.key]
+        if outcome.error:
+            waiting = sum(o.blocked == job.key for o in done.values()) if job.kind == "train" else 0
+            out.append(f"{job.title}: {outcome.error}" + (f" ({waiting} jobs wait for it)" if waiting else ""))
+        if outcome.trace:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(f"{job.kind} {job.title}\n{outcome.trace}\n")
     return out
+
+
+# --- from a grid to jobs ------------------------------------------------------------------------------------------
+class _Plan:
+    """The jobs of a grid and their folders in ``store``."""
+
+    def __init__(self, spec: Grid, store: Path) -> None:
+        self.spec, self.store = spec, store.resolve()
+        self.tasks: dict[str, Task] = {}
+        retrain = [c for c in spec.methods if c.name == REFERENCE and not c.sweep]
+        self.reference = (retrain[0].label or retrain[0].name) if retrain else ""
+
+    def task(self, name: str) -> Task:
+        if name not in self.tasks:
+            self.tasks[name] = tasks.load(name)
+        return self.tasks[name]
+
+    def method(self, p: Planned) -> Method:
+        return _made("methods", p.cell, p.fields)  # type: ignore[no-any-return]
+
+    def target(self, seed: int) -> str:
+        """What is unlearned: the grid's target, or the folder that this seed's original is trained into."""
+        if not self.spec.train:
+            return absolute(self.spec.target or "canvas")
+        train = self.spec.train
+        asked = [train.architecture, config.to_dict(train.data), config.to_dict(_recipe(train)), seed, self.spec.dtype]
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", train.architecture)
+        return str(self.store / f"trained-{name}-{config.content_hash(asked)[:8]}")
+
+    def folder(self, p: Planned) -> Path:
+        return (
+            self.store
+            / Run(target=self.target(p.seed), task=self.task(p.task), method=self.method(p), seed=p.seed, dtype=self.spec.dtype).folder
+        )
+
+    def train(self, seed: int) -> list[Job]:
+        train = self.spec.train
+        if not train:
+            return []
+        how = {
+            "architecture": train.architecture, "data": train.data, "method": _recipe(train), "seed": seed, "out": self.target(seed),
+            "dtype": self.spec.dtype, "device": self.spec.device,
+        }  # fmt: skip
+        label = f"{train.label or train.architecture} (original)"
+        return [Job(key=self.target(seed), kind="train", method=label, seed=seed, do=_train, how=how)]
+
+    def erase(self, p: Planned) -> Job:
+        folder = self.folder(p)
+        how = {
+            "method": self.method(p), "target": self.target(p.seed), "task": self.task(p.task), "out": folder, "seed": p.seed,
+            "dtype": self.spec.dtype, "device": self.spec.device,
+        }  # fmt: skip
+        needs = tuple(j.key for j in self.train(p.seed))
+        return Job(key=f"erase {folder.name}", kind="erase", task=p.task, method=p.label, seed=p.seed, do=_erase, how=how, needs=needs)
+
+    def score(self, p: Planned) -> Job:
+        """Attack and evaluate, once the run and the models it is compared with are there."""
+        spec, task = self.spec, self.task(p.task)
+        metrics = spec.metrics or task.suite
+        retrained = [r for r in cells(spec) if r.cell.name == REFERENCE and r.task == p.task] if set(REFERENCED) & set(metrics) else []
+        others = [r for r in retrained if r.seed != p.seed] or [r for r in retrained if r.label != p.label]  # none is its own reference
+        attacks = [
+            (_made("attacks", a, a.fields), a.prompts) for a in spec.attacks if p.cell.attacked and (not a.tasks or p.task in a.tasks)
+        ]
+        common = {"target": self.label, "task": p.task, "method": p.label, "seed": p.seed, "preset": p.cell.preset or "paper"}
+        how = {
+            "folder": self.folder(p), "attacks": attacks, "metrics": spec.metrics, "seeds": task.seeds[: spec.image_seeds or None],
+            "references": [self.folder(r) for r in others], "device": spec.device, "common": common, "pictures": bool(task.probes),
+        }  # fmt: skip
+        name = self.folder(p).name
+        return Job(
+            key=f"score {name} {p.label}", kind="evaluate", task=p.task, method=p.label, seed=p.seed, do=_score, how=how,
+            needs=(f"erase {name}",), after=tuple(f"erase {self.folder(r).name}" for r in others),
+        )  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        train = self.spec.train
+        return (train.label or train.architecture) if train else self.spec.target or "canvas"
+
+    def jobs(self, planned: Sequence[Planned]) -> list[Job]:
+        """Everything that ``planned`` takes. The runs that others are compared with come early."""
+        out: list[Job] = []
+        first = [p for p in planned if p.cell.name == REFERENCE and set(REFERENCED) & set(self.spec.metrics or self.task(p.task).suite)]
+        for p in first:
+            out += [*self.train(p.seed), self.erase(p)]
+        for p in planned:
+            out += [*self.train(p.seed), self.erase(p), self.score(p)]
+        return list({job.key: job for job in out}.values())  # each once, where it comes first
+
+    # --- selection ------------------------------------------------------------------------------------------------
+    def check_selection(self) -> None:
+        """Refuse a grid with nothing to choose, nothing to compare with, or no validation split."""
+        spec = self.spec
+        swept = [c for c in spec.methods if c.sweep]
+        if not swept:
+            raise UsageError(f"--select has nothing to choose in grid {spec.name}; give a method a 'sweep', or leave --select out")
+        if spec.select.objective == "gap" and not self.reference:
+            raise UsageError(f"--select compares with '{REFERENCE}', which grid {spec.name} lacks; add it to 'methods', without a 'sweep'")
+        for metric in spec.select.metrics:
+            registry.path("metrics", _plain(metric))
+            if _plain(metric) in REFERENCED:
+                raise UsageError(f"--select cannot go by {metric}, which needs other models; take it out of 'select.metrics'")
+        for name in {t for c in swept for t in c.tasks or spec.tasks}:
+            data = self.task(name).holdout
+            if not data.source or not data.validation:
+                raise UsageError(f"--select needs a validation split and task {name} has none; give its data a 'validation' share")
+
+    def candidates(self) -> list[Candidate]:
+        """What is measured on the validation split, with the first seed: every swept value, and first of all the reference."""
+        spec, out = self.spec, list[Candidate]()
+        swept = [c for c in spec.methods if c.sweep]
+        wanted = {t for c in swept for t in c.tasks or spec.tasks}
+        for cell in [*[c for c in spec.methods if spec.select.objective == "gap" and _label(c) == self.reference], *swept]:
+            for task in cell.tasks or spec.tasks:
+                if task in wanted:
+                    out += [(Planned(task, _label(cell), cell, {**cell.fields, **v}, spec.seeds[0]), v) for v in points(cell)]
+        return out
+
+    def validations(self, candidates: Sequence[Candidate]) -> list[Job]:
+        out = []
+        for p, values in candidates:
+            named = p._replace(label=f"{p.label}[{written(values)}]" if values else p.label)
+            out += [*self.train(p.seed), self.erase(named), self.validate(named)]
+        return list({job.key: job for job in out}.values())
+
+    def validate(self, p: Planned) -> Job:
+        how = {"folder": self.folder(p), "metrics": sorted({_plain(m) for m in self.spec.select.metrics})}
+        how |= {"device": self.spec.device, "label": p.label}
+        name = self.folder(p).name
+        return Job(
+            key=f"validate {name}", kind="validate", task=p.task, method=p.label, seed=p.seed, do=_validate, how=how,
+            needs=(f"erase {name}",),
+        )  # fmt: skip
+
+    def validated(self, p: Planned) -> str:
+        """The key of ``validate``."""
+        return f"validate {self.folder(p).name}"
+
+
+def _label(cell: Cell) -> str:
+    return cell.label or cell.name
+
+
+def _plain(metric: str) -> str:
+    """The registered name: ``rmia`` of ``rmia/auc``."""
+    return metric.partition("/")[0]
 
 
 def _made(kind: str, cell: Cell, fields: Mapping[str, Any]) -> Any:
     return registry.make(kind, cell.name, **({"preset": cell.preset} if cell.preset else {}), **fields)
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The table, each row once (the original's are the same for every method), numbers with six digits."""
-    unique = {tuple(r[c] for c in COLUMNS[:5]): r for r in rows}
-    with run.replacing(path) as draft, draft.open("w", newline="") as f:
+def _recipe(train: Train) -> Any:
+    return registry.make("methods", REFERENCE, preset=train.preset, **train.fields)
+
+
+# --- the jobs; each may be done in another process ----------------------------------------------------------------
+def _busy(progress: Progress) -> Any:
+    return lambda holder: progress(f"waiting for process {holder}", 0, 0, {})
+
+
+def _train(*, architecture: str, data: Data, out: str, progress: Progress, **how: Any) -> str:
+    from .train import train
+
+    with turn(Path(out) / ".lock", _busy(progress)):
+        return str(train(architecture, data, out=out, progress=progress, **how))
+
+
+def _erase(*, method: Method, target: str, task: Task, out: Path, progress: Progress, **how: Any) -> str:
+    with turn(out / ".lock", _busy(progress)):
+        return str(run.erase(method, target, task, out=out, progress=progress, **how))
+
+
+def _score(
+    *,
+    folder: Path,
+    attacks: Sequence[tuple[Any, int]],
+    metrics: Sequence[str],
+    seeds: Sequence[int],
+    references: Sequence[Path],
+    device: str,
+    common: Mapping[str, Any],
+    pictures: bool,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Attack and evaluate a finished run; its rows of the table."""
+    finished = [str(r) for r in references if is_run(r) and read_run(r)["status"] == "done"]
+    more: dict[str, Any] = {"references": finished} if finished else {}
+    # The original's pictures lie beside the runs and are shared, so one at a time draws them.
+    shared_turn = turn(folder.parent / ".pictures.lock", _busy(progress)) if pictures else nullcontext()
+    with turn(folder / ".lock", _busy(progress)), shared_turn:
+        for attack, prompts in attacks:
+            run.attack(attack, folder, prompts=prompts, device=device, progress=progress)
+        run.evaluate(folder, metrics=list(metrics) or None, seeds=seeds, device=device, progress=progress, **more)
+    env = read_run(folder)["env"]
+    shared = {**common, "device": f"{env['device']} {env['hardware']}"}
+    out = []
+    for row in run.results(folder):
+        score = {k: row[k] for k in ("value", "n", "low", "high")}
+        out.append({**shared, "metric": row["metric"], **score})
+        if row["before"]:
+            out.append({**shared, "method": "original", "metric": row["metric"], **row["before"], "preset": ""})
+    return out
+
+
+def _validate(*, folder: Path, metrics: Sequence[str], device: str, label: str, progress: Progress) -> list[dict[str, Any]]:
+    """Evaluate a finished run on the validation split, beside its results; the test split is not opened."""
+    with turn(folder / ".lock", _busy(progress)):
+        path = run.evaluate(folder, metrics=list(metrics), split="validation", device=device, progress=progress)
+    return [{"method": label, "metric": r["metric"], "value": r["value"]} for r in json.loads(path.read_text())]
+
+
+# --- choosing on the validation split -----------------------------------------------------------------------------
+def choose(
+    plan: _Plan, candidates: Sequence[Candidate], done: Mapping[str, Outcome]
+) -> tuple[dict[tuple[str, str], Mapping[str, Any]], list[dict[str, Any]], list[str]]:
+    """The best values for each task and swept method, the rows of selected.csv, and a line for each that has none."""
+    select = plan.spec.select
+    measured = [_measured(select, done[plan.validated(p)]) for p, _ in candidates]
+    base = {p.task: found for (p, _), found in zip(candidates, measured, strict=True) if not p.cell.sweep}
+    rows: list[dict[str, Any]] = []
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    values_of: dict[int, Mapping[str, Any]] = {}
+    for (p, values), found in zip(candidates, measured, strict=True):
+        if select.objective == "gap":
+            to = base.get(p.task)
+            score = math.nan if not found or not to else sum(abs(found[m] - to[m]) for m in select.metrics) / len(select.metrics)
+        else:
+            score = sum(found.values()) / len(found) if found else math.nan
+        row = {"task": p.task, "method": p.label, "chosen": "", "values": written(values), "seed": p.seed}
+        row |= {m: found.get(m) for m in select.metrics} | {select.objective: None if math.isnan(score) else score, "note": ""}
+        rows.append(row)
+        if p.cell.sweep:
+            values_of[id(row)] = values
+            groups.setdefault((p.task, p.label), []).append(row)
+    chosen: dict[tuple[str, str], Mapping[str, Any]] = {}
+    missing = []
+    for (task, label), tried in groups.items():
+        usable = [r for r in tried if r[select.objective] is not None]
+        if not usable:
+            missing.append(f"{label} on {task}: none of its {len(tried)} settings could be compared, so none is chosen")
+            continue
+        best = (max if select.objective == "max" else min)(usable, key=lambda r: r[select.objective])
+        chosen[task, label] = values_of[id(best)]
+        best["chosen"], best["note"] = "yes", edges(values_of[id(best)], [values_of[id(r)] for r in tried])
+    return chosen, rows, missing
+
+
+def edges(best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> str:
+    """Which numbers of the winner are the lowest or highest that were tried, so that still better ones may lie beyond."""
+    out = []
+    for name, value in best.items():
+        numbers = sorted({t[name] for t in tried if isinstance(t[name], int | float) and not isinstance(t[name], bool)})
+        if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
+            out.append(f"{name}={value} is the {'lowest' if value == numbers[0] else 'highest'} tried")
+    return ", ".join(out)
+
+
+def _measured(select: Select, outcome: Outcome) -> dict[str, float]:
+    """The values of the selection's metrics; empty when one is missing."""
+    found = {r["metric"]: r["value"] for r in outcome.value} if outcome.good else {}
+    values = {m: found.get(m) for m in select.metrics}
+    return {m: v for m, v in values.items() if v is not None} if None not in values.values() else {}
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+def _gaps(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """``rows`` with Avg. Gap: the mean distance to the reference of the same task and seed over UA, RA, TA and MIA."""
+    values = {(r["task"], r["method"], r["seed"], r["metric"]): r["value"] for r in rows}
+    first = {(r["task"], r["method"], r["seed"]): r for r in reversed(rows)}
+    out = list(rows)
+    for (task, method, seed), row in reversed(first.items()):
+        pairs = [(values.get((task, method, seed, m)), values.get((task, reference, seed, m))) for m in GAP]
+        apart = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+        if len(apart) == len(GAP):
+            out.append({**row, "metric": "avg_gap", "value": sum(apart) / len(apart), "n": len(apart), "low": None, "high": None})
+    return out
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """A CSV, numbers with six digits."""
+    with replacing(path) as draft, draft.open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(
-            [["" if r[c] is None else f"{r[c]:.6g}" if isinstance(r[c], float) else r[c] for c in COLUMNS] for r in unique.values()]
-        )
+        writer.writerow(columns)
+        writer.writerows(["" if r[c] is None else f"{r[c]:.6g}" if isinstance(r[c], float) else r[c] for c in columns] for r in rows)
 
 
-def _missed(check: Check, rows: list[dict[str, Any]]) -> str:
+def _missed(check: Check, rows: Sequence[Mapping[str, Any]]) -> str:
     chosen = [
         r["value"]
         for r in rows
@@ -155,6 +591,10 @@ def _missed(check: Check, rows: list[dict[str, Any]]) -> str:
         and (not check.tasks or r["task"] in check.tasks)
         and r["value"] is not None
     ]
-    mean = sum(chosen) / len(chosen) if chosen else float("nan")
-    where = f" on {', '.join(check.tasks)}" if check.tasks else ""
-    return "" if mean >= check.at_least else f"{check.method} {check.metric}{where}: {mean:.1f} < {check.at_least:g}"
+    mean = sum(chosen) / len(chosen) if chosen else math.nan
+    what = f"{check.method} {check.metric}" + (f" on {', '.join(check.tasks)}" if check.tasks else "")
+    if check.at_least is not None and not mean >= check.at_least:
+        return f"{what}: {mean:.1f} < {check.at_least:g}"
+    if check.at_most is not None and not mean <= check.at_most:
+        return f"{what}: {mean:.1f} > {check.at_most:g}"
+    return ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -269,12 +271,14 @@ class About:
 
 
 def save(path: str | Path, tensors: Weights, about: About) -> None:
-    """Write levels (uint8: a byte for each weight) or a mask (bool: a bit for each) as safetensors, whole or not at all."""
-    shapes = {n: list(t.shape) for n, t in tensors.items()}
-    meta = {"about": json.dumps(asdict(about), sort_keys=True), "shapes": json.dumps(shapes)}
+    """Write levels (uint8, Huffman coded: below a byte for each weight) or a mask (bool: a bit for each) as safetensors, whole or not
+    at all."""
+    flat = torch.cat([t.reshape(-1) for t in tensors.values()]).cpu()
+    held = pack(flat) if flat.dtype == torch.bool else _coded(flat)
+    meta = {"about": json.dumps(asdict(about), sort_keys=True), "weights": _layout(tensors)}
     draft = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        save_file({n: (pack(t) if t.dtype == torch.bool else t.reshape(-1)).cpu() for n, t in tensors.items()}, draft, meta)
+        save_file({"saliency": held}, draft, meta)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -285,16 +289,38 @@ def load(path: str | Path, weights: Weights) -> tuple[dict[str, Tensor], About]:
 
     Raises ``RefusedError`` for a damaged file and for one of other weights.
     """
+    total = sum(w.numel() for w in weights.values())
     try:
         with safe_open(path, framework="pt") as file:
-            flat, meta = {n: file.get_tensor(n) for n in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-        about, shapes = About(**json.loads(meta["about"])), json.loads(meta["shapes"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            held, meta = file.get_tensor("saliency"), file.metadata() or {}
+        about, layout = About(**json.loads(meta["about"])), meta["weights"]
+        if layout != _layout(weights):
+            raise RefusedError(f"{path} holds the saliency of other weights than these; delete it, or give another file")
+        flat = (
+            unpack(held, total)
+            if about.density >= 0
+            else torch.frombuffer(bytearray(zlib.decompress(held.numpy().data)), dtype=torch.uint8)
+        )
+        parts = flat.split([w.numel() for w in weights.values()])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, zlib.error):
         raise RefusedError(f"{path} is damaged or no saliency file; delete it and it is computed again") from None
-    if {n: list(w.shape) for n, w in weights.items()} != shapes:
-        raise RefusedError(f"{path} holds the saliency of other weights than these; delete it, or give another file")
-    back = {n: unpack(flat[n], w.numel()) if about.density >= 0 else flat[n] for n, w in weights.items()}
-    return {n: t.view(weights[n].shape).to(weights[n].device) for n, t in back.items()}, about
+    return {n: part.view(w.shape).to(w.device) for part, (n, w) in zip(parts, weights.items(), strict=True)}, about
+
+
+def _layout(tensors: Weights) -> str:
+    """SHA-256 of names and shapes in order."""
+    return hashlib.sha256(json.dumps([[n, list(t.shape)] for n, t in tensors.items()]).encode()).hexdigest()
+
+
+def _decoded(held: Tensor) -> Tensor:
+    """Undoes ``_coded``."""
+    return torch.frombuffer(bytearray(zlib.decompress(held.numpy().data)), dtype=torch.uint8)
+
+
+def _coded(levels: Tensor) -> Tensor:
+    """uint8 (n,) as Huffman coded bytes: 201 levels need less than the eight bits that 256 would."""
+    coder = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)
+    return torch.frombuffer(bytearray(coder.compress(levels.numpy().data) + coder.flush()), dtype=torch.uint8)
 
 
 def pack(mask: Tensor) -> Tensor:

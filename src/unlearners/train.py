@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import config, data, nets
 from .base import Data, Meter, Row, Task, kebab
 from .errors import UsageError
-from .files import write_json
+from .files import locked, write_json
 from .methods.retrain import Retrain
 from .session import FolderSession, Progress, environment
 from .targets.classifier import Classifier
@@ -33,24 +34,32 @@ def train(
     The recipe is that of ``retrain``, so the original and the reference that never saw the forget set are trained alike. A finished
     folder is returned as it is; a killed one resumes. Raises ``UsageError`` when ``out`` holds another model.
     """
-    from .targets import DTYPES
-
     method, out = method or Retrain(), Path(out)
     asked = {"architecture": architecture, "data": config.to_dict(source), "method": config.to_dict(method), "seed": seed, "dtype": dtype}
     record = out / "train.json"
+    if not record.exists() and (out / "config.json").exists():
+        raise UsageError(f"{out} holds a model that 'unlearn train' did not write; give another --out")
     if record.exists():
         found = json.loads(record.read_text())
         if found["asked"] != asked:
             raise UsageError(f"{out} holds a model that was trained otherwise; give another --out")
         if found["status"] == "done":
             return out
-    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
+        return _train(out, asked, source, method, device, progress)
+
+
+def _train(out: Path, asked: dict[str, Any], source: Data, method: Retrain, device: str, progress: Progress | None) -> Path:
+    """``train`` into a folder that this process holds."""
+    from .targets import DTYPES
+
+    architecture, seed, record = asked["architecture"], asked["seed"], out / "train.json"
     row = {"asked": asked, "status": "running", "env": environment(device)}
     write_json(record, row)
     opened = data.open_data(source, int(nets.defaults(architecture)["side"]), device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        target = Classifier.fresh(architecture, opened.classes, device=device, dtype=DTYPES[dtype])
+        target = Classifier.fresh(architecture, opened.classes, device=device, dtype=DTYPES[asked["dtype"]])
     target.session = session = FolderSession(out, progress)
     task = Task(name="train", kind="samples", concepts=("nothing",), retain=source)
     log: Callable[[Row], None] = session.write

@@ -1,7 +1,8 @@
 """The documentation says what is true: examples run, every registered thing has its page, tables are those of the committed CSV.
 
 Examples are written for readers, who have time; here every budget is cut (``small`` below, which is all that is changed). The bundled
-model is the real one, read once. Blocks of one page share their Python names; all pages share one folder, so that a run is made once.
+text-to-image model is the real one, read once; models that read labelled pictures are tiny ones, and so are their data. Blocks of one
+page share their Python names; all pages share one folder, so that a run is made once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import importlib
 import importlib.util
 import inspect
 import re
@@ -22,22 +24,28 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from unlearners import cli, config, registry, run, tasks
-from unlearners.base import Task
+from unlearners import cli, config, data, registry, run, tasks
+from unlearners.base import Data, Probe, Task
 from unlearners.bench import Grid
+from unlearners.methods.retrain import Retrain
 from unlearners.targets.stable_diffusion import StableDiffusion
+from unlearners.zoo.canvas.objects import CLASSES
 from unlearners.zoo.canvas.train import RECIPES
 from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
 
+train = importlib.import_module("unlearners.train")  # the name in the package is the function
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
 CARD = ROOT / "src/unlearners/zoo/canvas/README.md"
 RUN = ("python", "bash", "console", "yaml")
 SHOWN = ("text", "toml", "bibtex")
 """languages of blocks that are not run"""
-STANDS_FOR = {"sd14": "canvas"}
-"""a model the documentation names that is not here: what is used in its place"""
+STANDS_FOR = {
+    "sd14": "canvas", "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4"
+}  # fmt: skip
+"""a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
 CUT = {**cli.CUT, "renders": 64, "refresh": 2}
 """what budgets are lowered to; the names are fields of methods, attacks and metrics"""
 
@@ -70,16 +78,39 @@ def cut(part: Any) -> Any:
 def few(task: Task | str) -> Task:
     """A task with few prompts and one seed. Words alone are judged by the canvas' judge: the usual one is on the hub."""
     task = tasks.load(task) if isinstance(task, str) else task
+    if task.forget.source:
+        return few_pictures(task)
     named = [p for p in task.probes if task.names_concept(p)][:2]
     probes = (*named, *[p for p in task.probes if not task.names_concept(p)][:3])
     suite = tuple(m for m in task.suite if task.judge == "canvas" or m not in ("clip_score", "fid"))
     return dataclasses.replace(task, probes=probes, seeds=task.seeds[:1], judge="canvas", suite=suite)
 
 
+def few_pictures(task: Task) -> Task:
+    """A task of the canvas' pictures as one of the tiny ones', whose classes are a, b, c and d; of other pictures as it is."""
+    if task.forget.source != "canvas":
+        return task
+    own: dict[str, Any] = {k: tiny(getattr(task, k)) for k in ("forget", "retain", "holdout")}
+    if task.kind == "class":
+        own |= {"concepts": ("b",), "anchors": ("c",), "preserve": ("a", "c", "d")}
+    if task.probes:  # drawn
+        own |= {"probes": tuple(Probe(prompt=c, truth={task.axis: c}) for c in "abcd"), "judge": "classifier:tiny-classifier"}
+    return dataclasses.replace(task, seeds=task.seeds[:1], **own)
+
+
+def tiny(named: Data) -> Data:
+    """The tiny pictures in place of the canvas', class b in place of any that the canvas has."""
+    if named.source != "canvas":
+        return named
+    key, _, value = named.rows.removeprefix("not ").partition("=")
+    assert key != "class" or all(data.label(name.strip(), CLASSES, "canvas") in range(len(CLASSES)) for name in value.split(","))
+    return dataclasses.replace(named, source="tiny", rows=re.sub("class=.*", "class=b", named.rows))
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An empty folder with a ``my-model`` in it; erase, attack and evaluate with budgets, prompts and sampling steps cut."""
-    real = {name: getattr(run, name) for name in ("erase", "attack", "evaluate")}
+    """A folder with the reader's own things; train, erase, attack and evaluate with budgets, data, prompts and sampling steps cut."""
+    real = {name: getattr(run, name) for name in ("erase", "attack", "evaluate")} | {"train": train.train}
     draw = StableDiffusion.sample
 
     def erase(method: Any, target: str = "canvas", task: Any = "", **how: Any) -> Path:
@@ -100,12 +131,23 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         done: Path = real["evaluate"](folder, metrics=chosen, **{**how, "seeds": (188,)})
         return done
 
+    def trained(architecture: str, source: Data, *, method: Retrain, **how: Any) -> Path:
+        done: Path = real["train"](STANDS_FOR.get(architecture, architecture), tiny(source), method=cut(method), **how)
+        return done
+
     def sample(self: Any, *args: Any, **how: Any) -> Any:
         return draw(self, *args, **{**how, "steps": 2})
 
     folder, read = tmp_path_factory.mktemp("docs"), StableDiffusion.load
     canvas = read("canvas")
     canvas.pipe.save_pretrained(folder / "my-model")
+    for split in ("train", "test"):
+        pictures = data.read("tiny", split, 32)
+        for i, y in enumerate(pictures.labels.tolist()):
+            file = folder / "my-photos" / split / pictures.classes[y] / f"{split}-{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pictures.pictures[i].permute(1, 2, 0).numpy()).save(file)
+    (folder / "list.txt").write_text("train-1.png\ntrain/a/train-4.png\n7\n20\n41\n")
 
     def load(spec: str, *, patches: Any = (), force: bool = False, **how: Any) -> StableDiffusion:
         if spec != "canvas" or how != {"device": "cpu", "dtype": torch.float32}:
@@ -118,8 +160,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for name, wrapped in (("erase", erase), ("attack", attack), ("evaluate", evaluate)):
             patch.setattr(run, name, wrapped)
+        patch.setattr(train, "train", trained)
         patch.setattr(StableDiffusion, "sample", sample)
         patch.setattr(StableDiffusion, "load", load)
+        # as docs/models.md trains it
+        trained("resnet20_cifar", Data(source="canvas"), out="my-classifier", method=registry.make("methods", "retrain", preset="short"))
         yield folder
 
 

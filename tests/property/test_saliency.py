@@ -386,3 +386,11 @@ def test_a_killed_run_resumes_with_its_mask_and_anchor(method: Any, tmp_path: Pa
 def _leave_the_generator() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+def test_a_file_takes_at_most_a_byte_for_each_weight_header_included(tmp_path: Path) -> None:
+    w = {n: torch.rand(200, 100) for n in "abcde"}
+    saliency.save(tmp_path / "levels", saliency.levels(w), ABOUT)
+    saliency.save(tmp_path / "mask", saliency.choose(w, 0.5), replace(ABOUT, density=0.5))
+    assert (tmp_path / "levels").stat().st_size <= 100_000
+    assert (tmp_path / "mask").stat().st_size <= 100_000 / 8 + 1000

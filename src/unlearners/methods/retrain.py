@@ -107,7 +107,7 @@ class Retrain(Method):
             opt.step()
             rate.step()
             average.update(w)
-            yield {"loss": loss.item(), "lr": rate.get_last_lr()[0]}
+            yield {"loss": loss.item(), "lr": float(rate.get_last_lr()[0])}
         average.put(w)
         if self.cache:
             seconds = torch.tensor(time.perf_counter() - started)

@@ -73,7 +73,7 @@ class SalUn(Method):
     mask_augment: bool = False
     """whether the mask's pass augments the pictures (the release's)"""
     saliency_file: str = ""
-    """keeps the saliency: read when it is there, else written, a byte a weight (any density in steps of 0.005) or this mask's bits"""
+    """keeps the saliency: read if there, else written, at most a byte a weight (any density in steps of 0.005) or this mask's bits"""
     labels: Literal["other", "any", "next"] = "other"
     """y': uniform over the other classes, uniform over all of them (the release's), or (y + 1) mod K"""
     order: Literal["joint", "sequential"] = "joint"

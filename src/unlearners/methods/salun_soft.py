@@ -34,7 +34,7 @@ class SalUnSoft(Method):
 
     Deviations from the authors' code:
     1. Preset ``release`` has what it does otherwise: the anchor is taken anew when an epoch begins, so it is theta_0 in the first
-       alone (``anchor=epoch``); k falls once an epoch (``decay=epoch``); labels are any, passes follow one another.
+       alone (``renew=epoch``); k falls once an epoch (``decay=epoch``); labels are any, passes follow one another.
     2. Its option for rho is missing from its command line, so it has no default there; 0.5 is SalUn's density.
     3. Preset ``ddpm`` has the setting of ``salun``; the release has no soft variant for it.
     """
@@ -43,7 +43,7 @@ class SalUnSoft(Method):
     needs: ClassVar[type] = Trainable
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "release": {"order": "sequential", "labels": "any", "anchor": "epoch", "decay": "epoch"},
+        "release": {"order": "sequential", "labels": "any", "renew": "epoch", "decay": "epoch"},
         "short": {"epochs": 1, "batch": 128, "lr": 0.02},
         "ddpm": {
             "labels": "next", "alpha": 3.072,
@@ -55,8 +55,8 @@ class SalUnSoft(Method):
     """weights to train"""
     rho: float = 0.5
     """share of the weights that go back to the anchor after the first step; it falls linearly to 0"""
-    anchor: Literal["start", "epoch"] = "start"
-    """what weights go back to: the original's (the paper), or those at the start of each epoch (the release's)"""
+    renew: Literal["never", "epoch"] = "never"
+    """what weights go back to: always the original's (the paper), or those at the start of each epoch (the release's)"""
     decay: Literal["step", "epoch"] = "step"
     """whether the share falls with every step, or once an epoch (the release's)"""
     labels: Literal["other", "any", "next"] = "other"
@@ -105,8 +105,8 @@ class SalUnSoft(Method):
         epoch = len(D_r) if joint else len(D_f) + len(D_r)
         S = self.steps or self.epochs * epoch
 
-        for s in target.steps(S, opt, D_f, D_r, *([anchor] if self.anchor == "epoch" else [])):
-            if self.anchor == "epoch" and s % epoch == 0:
+        for s in target.steps(S, opt, D_f, D_r, *([anchor] if self.renew == "epoch" else [])):
+            if self.renew == "epoch" and s % epoch == 0:
                 anchor.take(w)
             parts: dict[str, Tensor] = {}
             if joint or s % epoch < len(D_f):
