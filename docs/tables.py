@@ -1,9 +1,9 @@
-"""Write the table of measured results into README.md from the committed CSV.
+"""Write the tables of measured results into README.md from the committed CSV files.
 
-    python docs/tables.py            rewrite the block between "<!-- results -->" and "<!-- end -->"
-    python docs/tables.py --check    change nothing; exit 1 when the block is not what the CSV says
+    python docs/tables.py            rewrite the blocks between "<!-- results -->" or "<!-- results: GRID -->" and "<!-- end -->"
+    python docs/tables.py --check    change nothing; exit 1 when a block is not what its CSV says
 
-Nothing is measured here. Without the CSV the block is empty.
+Nothing is measured here. Without a CSV its block is empty.
 """
 
 from __future__ import annotations
@@ -17,9 +17,21 @@ from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "canvas_first" / "results.csv"
+FURTHER = ("cifar10_random10", "cifar10_class", "canvas_ddpm")
 README = ROOT / "README.md"
 START, END = "<!-- results -->", "<!-- end -->"
 METRICS = {"ua": "UA ↑", "ira": "IRA ↑", "cra": "CRA ↑", "asr/unlearndiffatk": "ASR ↓"}
+NUMBERS = {
+    "ua": "UA",
+    "ra": "RA",
+    "ta": "TA",
+    "ira": "IRA ↑",
+    "mia": "MIA",
+    "rmia/auc": "RMIA",
+    "fid/canvas_judge": "FID ↓",
+    "avg_gap": "Avg. Gap ↓",
+    "cost/seconds": "seconds",
+}
 GROUPS = {"styles": tuple(STYLES), "objects": tuple(OBJECTS), "mascots": MASCOTS}
 
 Row = Mapping[str, str]
@@ -52,6 +64,23 @@ def table(path: Path = RESULTS) -> str:
     return "\n".join([*lines, "", note])
 
 
+def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
+    """The table of a grid with one task, method by method: the mean over seeds of each number that was measured. "" without its CSV."""
+    path = folder / grid / "results.csv"
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if "[" not in r["method"]]
+    shown = {m: title for m, title in NUMBERS.items() if any(r["metric"] == m for r in rows)}
+    lines = [f"| method | {' | '.join(shown.values())} |", f"|---|{'---|' * len(shown)}"]
+    for method in sorted(dict.fromkeys(r["method"] for r in rows), key=lambda m: (m != "original", m != "retrain")):
+        mine = [r for r in rows if r["method"] == method]
+        lines.append(f"| {method} | {' | '.join(cell([r for r in mine if r['metric'] == m]) for m in shown)} |")
+    seeds, made = len({r["seed"] for r in rows}), ", ".join(dict.fromkeys(f"{r['target']} on {r['device']}" for r in rows))
+    where = f"bench/results/{grid}"
+    return "\n".join([*lines, "", f"{made}; {seeds} seed{'s' if seeds > 1 else ''}. Intervals, n and presets: `{where}/results.csv`."])
+
+
 def cell(rows: Sequence[Row]) -> str:
     """Mean, lowest and highest of the rows' values; a dash when nothing was measured."""
     values = [float(r["value"]) for r in rows if r["value"]]
@@ -61,22 +90,24 @@ def cell(rows: Sequence[Row]) -> str:
     return f"{mean:.1f}" + (f" ({low:.1f}–{high:.1f})" if high > low else "")
 
 
-def written(text: str, content: str) -> str:
+def written(text: str, content: str, start: str = START) -> str:
     """``text`` with ``content`` between the two marks. Raises ``SystemExit`` when they are missing."""
-    if START not in text or END not in text.partition(START)[2]:
-        raise SystemExit(f"README.md must hold the line {START} and below it {END}; put them back")
-    head, _, rest = text.partition(START)
+    if start not in text or END not in text.partition(start)[2]:
+        raise SystemExit(f"README.md must hold the line {start} and below it {END}; put them back")
+    head, _, rest = text.partition(start)
     tail = rest.partition(END)[2]
-    return f"{head}{START}\n" + (f"{content}\n" if content else "") + END + tail
+    return f"{head}{start}\n" + (f"{content}\n" if content else "") + END + tail
 
 
 def main(words: Sequence[str]) -> int:
-    """Rewrite the block, or with --check say whether it is up to date. Returns the exit code."""
+    """Rewrite the blocks, or with --check say whether they are up to date. Returns the exit code."""
     old = README.read_text(encoding="utf-8")
     new = written(old, table())
+    for grid in FURTHER:
+        new = written(new, plain(grid), f"<!-- results: {grid} -->")
     if "--check" in words:
         if old != new:
-            print("README.md does not say what the CSV says; run: python docs/tables.py", file=sys.stderr)
+            print("README.md does not say what the CSV files say; run: python docs/tables.py", file=sys.stderr)
         return int(old != new)
     README.write_text(new, encoding="utf-8")
     return 0

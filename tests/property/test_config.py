@@ -183,7 +183,7 @@ def test_missing_and_misplaced() -> None:
 def test_the_project_s_own_types_round_trip() -> None:
     from unlearners.base import Data, Probe, Task
 
-    task = Task(name="t", concepts=("a",), probes=(Probe(prompt="an a", truth={"object": "a"}),), forget=Data(source="s", where={"x": "y"}))
+    task = Task(name="t", concepts=("a",), probes=(Probe(prompt="an a", truth={"object": "a"}),), forget=Data(source="s", rows="class=a"))
     assert config.build(Task, json.loads(json.dumps(config.to_dict(task)))) == task
     with pytest.raises(UsageError, match="did you mean concepts"):
         config.build(Task, {"name": "t", "concept": ["a"]})
