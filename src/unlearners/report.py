@@ -133,7 +133,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "own": os.path.relpath(record.folder / "report.html", place).replace(os.sep, "/") if short else "",
         "status": record.run["status"],
         "error": record.run.get("error") or "",
-        "title": f"{join(task['concepts'])} · {run['target']} · {record.method['name']}",
+        "title": f"{join(task['concepts'])} · {called(run['target'])} · {record.method['name']}",
         "classified": record.classified,
         "summary": summary(record),
         "flags": doubts(record, beside),
@@ -157,6 +157,11 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
     }
 
 
+def called(target: str) -> str:
+    """A target in a title: the last part of a path, anything else as it is."""
+    return Path(target).name if Path(target).is_absolute() else target
+
+
 def trimmed(weights: Plain | None) -> Plain | None:
     """The weights' record without the long list of names, which the page shows by itself."""
     return {k: v for k, v in weights.items() if k != "changed"} if weights else weights
@@ -165,7 +170,7 @@ def trimmed(weights: Plain | None) -> Plain | None:
 def summary(record: Record) -> str:
     """One sentence in words: what was erased, how well, at what price."""
     method = record.method["name"].upper() if len(record.method["name"]) < 5 else record.method["name"]
-    what = f"{thing(record.task)} from {record.run['run']['target']} with {method}"
+    what = f"{thing(record.task)} from {called(record.run['run']['target'])} with {method}"
     if record.run["status"] == "failed":
         return f"Erasing {what} failed: {record.run.get('error') or 'no error was recorded'}"
     if record.run["status"] != "done":
@@ -608,7 +613,7 @@ def card(record: Record) -> str:
     return str(
         template("card.md.j2", escape=False).render(
             front=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-            title=f"{join(record.task['concepts'])} erased from {record.run['run']['target']} with {record.method['name']}",
+            title=f"{join(record.task['concepts'])} erased from {called(record.run['run']['target'])} with {record.method['name']}",
             summary=summary(record),
             facts=table([{"": name, "value": value} for name, value in facts(record)], "markdown"),
             fields=table([{"field": name, "value": show(value)} for name, value in flatten(fields(record.method))], "markdown"),

@@ -24,6 +24,7 @@ from typing import Any
 
 from .base import Row
 from .errors import UnlearnError, UsageError
+from .files import sentence
 
 TRIES = 2  # a job whose process dies is done again once: run folders resume
 SECONDS = 0.5  # between two messages about progress
@@ -76,9 +77,8 @@ def attempt(job: Job, report: Report | None = None) -> Outcome:
     try:
         value = job.do(**job.how, progress=progress)
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         known = isinstance(error, UnlearnError | RuntimeError)  # RuntimeError: out of memory
-        said = line if known else f"{type(error).__name__}: {line}"
+        said = sentence(error) if known else f"{type(error).__name__}: {sentence(error)}"
         trace = "" if isinstance(error, UnlearnError) else traceback.format_exc()
         return Outcome(error=said, trace=trace, seconds=time.monotonic() - started)
     return Outcome(value=value, seconds=time.monotonic() - started)
@@ -330,7 +330,11 @@ class Ray(Crew):
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a job that takes no GPU from Ray keeps what it sees
         self.own = not self.ray.is_initialized()
         how = {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "num_cpus": size or cores(), "include_dashboard": False}
-        self.ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR", **how)
+        try:
+            self.ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR", **how)
+        except Exception as error:  # its own kinds, ConnectionError, and bare Exception when this machine is too busy to start it in time
+            self.close()
+            raise UnlearnError(f"Ray did not start ({sentence(error)}); give the same command again, or use --executor local") from error
         self.size = size or max(1, int(self.ray.cluster_resources().get("CPU", 1)))
         self.task = self.ray.remote(num_cpus=1, num_gpus=gpus, max_retries=TRIES - 1)(_there)
         self.jobs: dict[Any, Job] = {}
@@ -348,7 +352,7 @@ class Ray(Crew):
         try:
             return job, self.ray.get(ready)
         except self.ray.exceptions.RayError as error:
-            return job, Outcome(error=f"Ray lost its worker each time it was tried ({(str(error).splitlines() or ['no reason'])[0]})")
+            return job, Outcome(error=f"Ray lost its worker each time it was tried ({sentence(error)})")
 
     def close(self) -> None:
         if self.own:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -26,7 +27,7 @@ from rich.console import Console
 from unlearners import config, run, tables
 from unlearners.bench import Check, bench, cells, edges, read
 from unlearners.board import Board, clock
-from unlearners.errors import UsageError
+from unlearners.errors import UnlearnError, UsageError
 from unlearners.tables import Published, compare, doubts
 from unlearners.targets.classifier import Classifier
 from unlearners.workers import Crew, Here, Job, Outcome, Processes, Ray, perform, threads, turn
@@ -221,6 +222,22 @@ def test_without_ray_it_says_how_to_get_it(grid: Callable[..., Path], monkeypatc
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=re.escape("pip install 'unlearners[ray]'")):
         bench(grid(), runs="runs", results="results", executor="ray")
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(grid: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = types.SimpleNamespace(is_initialized=lambda: False, shutdown=lambda: stopped.append(True))
+    stopped: list[bool] = []
+
+    def init(**how: Any) -> None:
+        assert how["address"] == "local" and how["num_cpus"] == 3
+        raise Exception("The current node timed out during startup.\nmore")
+
+    ray.init = init
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(UnlearnError, match=r"Ray did not start \(The current node timed out during startup\.\); give the same"):
+        bench(grid(), runs="runs", results="results", executor="ray", jobs=3)
+    assert stopped
 
 
 def test_checks() -> None:

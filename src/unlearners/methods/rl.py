@@ -31,7 +31,7 @@ class RL(Method):
     Deviations from the authors' code:
     1. Wrong labels are wrong: y' is never y. SalUn's release draws from all K classes, so 1/K stay right (``labels=any``).
     2. One joint step with alpha, as SalUn's paper writes it. The release runs a pass over D_f and then a pass over D_r, without
-       alpha (``order=sequential``; preset ``release`` has both).
+       alpha (``order=sequential``; preset ``release`` has both). At alpha = 1 a joint step gives D_f the weight of D_r.
     3. Preset ``ddpm`` has the release's fixed neighbour (y + 1) mod K and its retain weight, 1e-3 on an error summed over
        3 * 32 * 32 numbers, which is 3.072 on the mean that is used here.
     """
@@ -41,7 +41,7 @@ class RL(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"order": "sequential", "labels": "any"},
-        "short": {"epochs": 1, "batch": 128, "lr": 0.01},
+        "short": {"order": "sequential", "epochs": 1, "batch": 128, "lr": 0.01},
         "ddpm": {
             "labels": "next", "alpha": 3.072,
             "steps": 1000, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,

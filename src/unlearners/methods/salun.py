@@ -38,7 +38,7 @@ class SalUn(Method):
     Deviations from the authors' code:
     1. Wrong labels are wrong: y' is never y. The release draws from all K classes, so 1/K stay right (``labels=any``).
     2. One joint step with alpha, as the paper writes it. The release runs a pass over D_f and then a pass over D_r, without alpha
-       (``order=sequential``).
+       (``order=sequential``). At alpha = 1 every joint step gives D_f the weight of D_r, the release's order |D_f| / |D_r| of it.
     3. The mask's pass sees the pictures as they are; the release augments them (``mask_augment=True``; preset ``release`` has all
        three). Its batches count by their size; the release overweights a short last one.
     4. Frozen means frozen: until 2026 the release masked gradients alone, and weight decay shrank the other weights to 0.89.
@@ -53,7 +53,7 @@ class SalUn(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"order": "sequential", "labels": "any", "mask_augment": True},
-        "short": {"epochs": 1, "batch": 128, "lr": 0.02},
+        "short": {"order": "sequential", "epochs": 1, "batch": 128, "lr": 0.01},
         "ddpm": {
             "labels": "next", "alpha": 3.072,
             "steps": 1000, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,

@@ -44,7 +44,7 @@ class SalUnSoft(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"order": "sequential", "labels": "any", "renew": "epoch", "decay": "epoch"},
-        "short": {"epochs": 1, "batch": 128, "lr": 0.02},
+        "short": {"order": "sequential", "epochs": 1, "batch": 128, "lr": 0.01},
         "ddpm": {
             "labels": "next", "alpha": 3.072,
             "steps": 1000, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,
