@@ -6,6 +6,7 @@ import faulthandler
 import fcntl
 import importlib
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -344,25 +345,28 @@ class Ray(Crew):
         return len(self.jobs)
 
     def submit(self, job: Job) -> None:
-        self.jobs[self.task.remote(job, str(Path.cwd()), threads(self.size))] = job
+        self.jobs[self.task.remote(pickle.dumps(job), sys.path, str(Path.cwd()), threads(self.size))] = job
 
     def collect(self) -> tuple[Job, Outcome]:
         (ready, *_), _ = self.ray.wait(list(self.jobs), num_returns=1)
         job = self.jobs.pop(ready)
         try:
             return job, self.ray.get(ready)
+        except self.ray.exceptions.WorkerCrashedError:
+            return job, Outcome(error="Ray lost its worker each time it was tried; Ray's log files say more")
         except self.ray.exceptions.RayError as error:
-            return job, Outcome(error=f"Ray lost its worker each time it was tried ({sentence(error)})")
+            return job, Outcome(error=f"Ray could not do it ({str(error).strip().splitlines()[-1]})", trace=str(error))
 
     def close(self) -> None:
         if self.own:
             self.ray.shutdown()
 
 
-def _there(job: Job, cwd: str, share: int) -> Outcome:
-    """``attempt`` in a worker of Ray, in the folder of the process that asked."""
+def _there(job: bytes, path: list[str], cwd: str, share: int) -> Outcome:
+    """``attempt`` in a worker of Ray, with the folder and the modules of the process that asked."""
+    os.chdir(cwd)
+    sys.path += [p for p in path if p not in sys.path]
     import torch
 
-    os.chdir(cwd)
     torch.set_num_threads(share)
-    return attempt(job)
+    return attempt(pickle.loads(job))

@@ -29,6 +29,7 @@ from unlearners.bench import Check, bench, cells, edges, read
 from unlearners.board import Board, clock
 from unlearners.errors import UnlearnError, UsageError
 from unlearners.tables import Published, compare, doubts
+from unlearners.targets import read_run
 from unlearners.targets.classifier import Classifier
 from unlearners.workers import Crew, Here, Job, Outcome, Processes, Ray, perform, threads, turn
 
@@ -87,11 +88,11 @@ def test_a_grid_trains_unlearns_and_compares(grid: Callable[..., Path]) -> None:
     trained = sorted(Path("runs").glob("trained-*/model.safetensors"))
     assert len(trained) == 2 and trained[0].read_bytes() != trained[1].read_bytes()
     for folder in Path("runs").glob("b-*"):
-        record = run.read_run(folder)
+        record = read_run(folder)
         asked = json.loads((folder / "evaluate.json").read_text())["asked"]
         (used,) = asked["references"]
-        (other,) = [f for f in Path("runs").glob("b-retrain-*") if run.read_run(f)["hash"] == used]
-        assert run.read_run(other)["run"]["seed"] != record["run"]["seed"], "rmia takes the other seed's retrained model"
+        (other,) = [f for f in Path("runs").glob("b-retrain-*") if read_run(f)["hash"] == used]
+        assert read_run(other)["run"]["seed"] != record["run"]["seed"], "rmia takes the other seed's retrained model"
 
     made = {
         p: p.stat().st_mtime_ns for p in Path("runs").rglob("*") if p.name in ("weights.safetensors", "results.json", "model.safetensors")
@@ -160,10 +161,10 @@ def test_selection_sees_the_validation_split_alone(grid: Callable[..., Path], mo
     rows = table("results/results.csv")
     assert {r["method"] for r in rows} == {"original", "ft", "retrain"}
     lr = float(best["values"].removeprefix("lr="))
-    folders = [f for f in Path("runs").glob("b-ft-*") if run.read_run(f)["run"]["method"]["lr"] == lr]
+    folders = [f for f in Path("runs").glob("b-ft-*") if read_run(f)["run"]["method"]["lr"] == lr]
     assert len(folders) == 2  # both seeds
     for folder in folders:
-        seed = run.read_run(folder)["run"]["seed"]
+        seed = read_run(folder)["run"]["seed"]
         ua = next(r["value"] for r in run.results(folder) if r["metric"] == "ua")
         assert value(rows, "ft", seed, "ua") == pytest.approx(ua, abs=1e-3)
     assert best["note"] in Path("results/table.html").read_text()
@@ -247,7 +248,7 @@ def test_checks() -> None:
     assert missed(Check(metric="ua", method="m", at_least=95.1), rows) == "m ua: 95.0 < 95.1"
     assert missed(Check(metric="ua", method="m", tasks=("b",), at_most=99), rows) == "m ua on b: 100.0 > 99"
     for way in ("at_least", "at_most"):
-        assert "nan" in missed(Check(metric="ua", method="nobody", **{way: 0}), rows)
+        assert "nan" in missed(config.build(Check, {"metric": "ua", "method": "nobody", way: 0}), rows)
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda p: p.name)
@@ -502,7 +503,7 @@ def in_the_middle(process: subprocess.Popen[bytes]) -> int:
     """Wait until a fine-tuning run has made some steps; the process that does it."""
     while process.poll() is None:
         for log in Path("runs").glob("b-ft-*/log.jsonl"):
-            if len(log.read_text().splitlines()) > 10 and run.read_run(log.parent)["status"] == "running":
+            if len(log.read_text().splitlines()) > 10 and read_run(log.parent)["status"] == "running":
                 return int((log.parent / ".lock").read_text())
         time.sleep(0.02)
     raise AssertionError("it ended before it could be killed")
