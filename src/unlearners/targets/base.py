@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,6 +16,15 @@ from ..base import Adversarial, Data, Relabel, Target
 from ..data import Augment, Examples, open_data
 from ..diffusion import Cond, Soft
 from ..errors import UsageError
+
+
+def described(file: Path) -> dict[str, Any]:
+    """What a JSON file says of a model; {} when it is missing or damaged, so that no family claims it by this file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Trainable(Target):

@@ -17,7 +17,7 @@ from .. import nets, patch
 from ..data import Examples
 from ..errors import RefusedError, UsageError
 from ..zoo import canvas
-from .base import Trainable
+from .base import Trainable, described
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -51,7 +51,7 @@ class Classifier(Trainable):
             return not Path(name).is_dir() and (
                 name.endswith("config.json") or (not name.startswith((".", "/")) and _is_architecture(name))
             )
-        return Path(spec, "config.json").is_file() and bool(_kind(json.loads(Path(spec, "config.json").read_text())))
+        return bool(_kind(described(Path(spec, "config.json"))))
 
     @classmethod
     def load(

@@ -18,7 +18,7 @@ from ..data import Augment
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UsageError, unknown
 from ..zoo import canvas
-from .base import Denoiser, Trainable
+from .base import Denoiser, Trainable, described
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
@@ -59,8 +59,7 @@ class DDPM(Trainable, Denoiser):
     @classmethod
     def claims(cls, spec: str) -> bool:
         """An alias, or a folder of a ``DDPMPipeline`` or ``DDIMPipeline``."""
-        index = Path(spec, "model_index.json")
-        return spec in cls.aliases or (index.is_file() and json.loads(index.read_text()).get("_class_name") in PIPELINES)
+        return spec in cls.aliases or described(Path(spec, "model_index.json")).get("_class_name") in PIPELINES
 
     @classmethod
     def load(
