@@ -188,7 +188,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     spent: dict[str, list[Spent]] = {"ours": [], "official": []}
     masks: list[float] = []
-    scores: dict[str, tuple[float, float]] = {}
+    scores: dict[str, list[tuple[float, float]]] = {"ours": [], "official": []}
     size = 0
     for i in range(args.repeats):
         file = folder / f"saliency{i}.safetensors"
@@ -197,12 +197,13 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model = original.frozen()
         spent["ours"].append(timed(device, partial(method, model, task, seed=i, log=log.append)))
         masks.append(log[0]["mask_seconds"])
-        size, scores["ours"] = file.stat().st_size, (accuracy(model, forget), accuracy(model, retain))
+        size = file.stat().st_size
+        scores["ours"].append((accuracy(model, forget), accuracy(model, retain)))
         model = original.frozen()
         model.amp = torch.float32
         torch.manual_seed(i)
         spent["official"].append(timed(device, partial(official, model, forget, retain, args.epochs, args.batch, device)))
-        scores["official"] = (accuracy(model, forget), accuracy(model, retain))
+        scores["official"].append((accuracy(model, forget), accuracy(model, retain)))
         print(f"repeat {i + 1}: ours {spent['ours'][-1].wall:.1f} s, official order {spent['official'][-1].wall:.1f} s")
 
     (ours, cpu), (theirs, their_cpu) = ((median(s.wall for s in side), median(s.cpu for s in side)) for side in spent.values())
@@ -217,8 +218,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "threads": args.threads, "repeats": args.repeats, "seconds": {k: [s.wall for s in v] for k, v in spent.items()},
         "mask_s": mask, "weights": n,
         "saliency_bytes_per_weight": size / n, "mask_bytes_per_weight": packed / n,
-        "ours_forget_accuracy": scores["ours"][0], "ours_retain_accuracy": scores["ours"][1],
-        "official_forget_accuracy": scores["official"][0], "official_retain_accuracy": scores["official"][1],
+        **{f"{side}_{part}_accuracy": [s[k] for s in v] for side, v in scores.items() for k, part in enumerate(("forget", "retain"))},
         "retrain_epoch_s": epoch_s,
         "share_of_retrain": (mask + (ours - mask) / args.epochs * UNLEARN) / (RETRAIN * epoch_s),
     }  # fmt: skip
