@@ -1,6 +1,6 @@
 """SalUn here against a plain PyTorch loop in the order of the official code, on the same network, pictures and settings.
 
-    python bench/perf/salun.py --net resnet20_cifar --images 3000 --epochs 2 --repeats 3
+    python bench/perf/salun.py --net resnet18_cifar --images 1000 --epochs 2 --repeats 3
 
 Both begin at the same trained weights and take as many steps on as many pictures. The last line is one JSON object; README.md says
 what is in it.
@@ -70,8 +70,8 @@ class Normalised(nn.Module):
         return out
 
 
-def official_masks(model: nn.Module, forget: DataLoader[Any], device: str) -> dict[str, Tensor]:
-    """int64 masks of ten densities by two full sorts each, of which one is used."""
+def official_masks(model: nn.Module, forget: DataLoader[Any], device: str, folder: Path) -> dict[str, Tensor]:
+    """int64 masks of ten densities by two full sorts each, all of them written to ``folder``, of which one is read back."""
     model.eval()
     total = {n: torch.zeros_like(p, device="cpu") for n, p in model.named_parameters()}
     for x, y in forget:
@@ -81,23 +81,22 @@ def official_masks(model: nn.Module, forget: DataLoader[Any], device: str) -> di
         for n, p in model.named_parameters():
             total[n] += p.grad.cpu()  # type: ignore[union-attr]
     total = {n: t.abs() for n, t in total.items()}
-    chosen: dict[str, Tensor] = {}
     for tenth in range(1, 11):
         flat = -torch.cat([t.flatten() for t in total.values()])
         ranks = torch.argsort(torch.argsort(flat))
         keep = (ranks < int(len(flat) * tenth / 10)).long()
         parts = keep.split([t.numel() for t in total.values()])
         masks = {n: part.view(t.shape) for (n, t), part in zip(total.items(), parts, strict=True)}
-        if tenth == round(10 * DENSITY):
-            chosen = masks
-    return chosen
+        torch.save(masks, folder / f"with_{tenth / 10}.pt")
+    found: dict[str, Tensor] = torch.load(folder / f"with_{DENSITY}.pt", weights_only=True)
+    return found
 
 
-def official(target: Classifier, forget: Examples, retain: Examples, epochs: int, batch: int, device: str) -> None:
+def official(target: Classifier, forget: Examples, retain: Examples, epochs: int, batch: int, device: str, folder: Path) -> None:
     """Mask, then in every epoch a pass over the forget set with random labels and a pass over the rest, one step a batch."""
     model: nn.Module = Normalised(target).to(memory_format=torch.contiguous_format).requires_grad_()
     D_f, D_r = (DataLoader(Pictures(e), batch, shuffle=True, num_workers=0) for e in (forget, retain))
-    masks, classes = official_masks(model, D_f, device), len(target.classes)
+    masks, classes = official_masks(model, D_f, device, folder), len(target.classes)
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
     opt = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=DECAY)
     model.train()
@@ -152,9 +151,9 @@ def timed(device: str, what: Callable[[], Any]) -> Spent:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", default="resnet20_cifar", help="architecture, for example resnet18_cifar")
+    parser.add_argument("--net", default="resnet18_cifar", help="architecture, for example resnet20_cifar")
     parser.add_argument("--data", default="canvas", help="source of the pictures")
-    parser.add_argument("--images", type=int, default=3000, help="training pictures; a tenth is forgotten")
+    parser.add_argument("--images", type=int, default=1000, help="training pictures; a tenth is forgotten")
     parser.add_argument("--epochs", type=int, default=2, help="of unlearning")
     parser.add_argument("--original", type=int, default=8, help="epochs the original is trained for")
     parser.add_argument("--repeats", type=int, default=3, help="of each side, in turn")
@@ -202,7 +201,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         model = original.frozen()
         model.amp = torch.float32
         torch.manual_seed(i)
-        spent["official"].append(timed(device, partial(official, model, forget, retain, args.epochs, args.batch, device)))
+        spent["official"].append(timed(device, partial(official, model, forget, retain, args.epochs, args.batch, device, folder)))
         scores["official"].append((accuracy(model, forget), accuracy(model, retain)))
         print(f"repeat {i + 1}: ours {spent['ours'][-1].wall:.1f} s, official order {spent['official'][-1].wall:.1f} s")
 

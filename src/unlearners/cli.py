@@ -52,11 +52,8 @@ FACTS: dict[str, tuple[str, ...]] = {
     "exports": ("reads",),
     "targets": ("groups",),
 }
-OFFLINE = ("ua", "ira", "cra", "pre_asr", "asr", "cost")
+OFFLINE = ("ua", "ira", "cra", "ra", "ta", "mia", "pre_asr", "asr", "cost")
 """the metrics that --dry-run computes on the tiny model: those that need nothing from the network"""
-
-MEASURED = ("ua", "ra", "ta", "mia", "cost")
-"""the same for classifiers"""
 
 
 # --- the verbs ----------------------------------------------------------------------------------------------------
@@ -362,7 +359,7 @@ class Evaluate(Verb):
         method, task = _parts(record)
         how: Result = {"guidance": self.guidance, "batch": self.batch}
         if self.dry_run:
-            tried = [m for m in metrics or task.suite if m in (MEASURED if task.forget.source and not task.probes else OFFLINE)]
+            tried = [m for m in metrics or task.suite if m in OFFLINE]
             with _rehearsal(method, task) as folder:
                 run.evaluate(folder, metrics=tried, steps=2, **how)
                 rows = run.results(folder)

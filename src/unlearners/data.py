@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -381,8 +381,3 @@ def _is_folder(name: str) -> bool:
 
 def _path(cell: Any) -> str:
     return str(cell["path"] or "")
-
-
-def twin(data: Data, split: Literal["train", "validation", "test"]) -> Data:
-    """The same choice of rows from another split."""
-    return replace(data, split=split)

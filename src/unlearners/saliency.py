@@ -83,9 +83,11 @@ def kth(values: Sequence[Tensor], ranks: Sequence[int]) -> list[tuple[float, int
     (of 15, 8 and 8 bits) find any number of ranks in three passes, without a sort and with little memory beside the values.
     """
     wanted = [(0, k) for k in ranks]  # (the digits found so far, the rank among the values that begin with them)
+    left = [_bits(part) for part in _chunks(values)]
     for shift, width in DIGITS:
         heads = sorted({head for head, _ in wanted})
-        larger = _histogram(values, heads, shift, width).flip(1).cumsum(1)  # (heads, 2^width): values up from each digit
+        left, counts = _counted(left, heads, shift, width)
+        larger = counts.flip(1).cumsum(1)  # (heads, 2^width): values up from each digit
         found = []
         for head, k in wanted:
             row = larger[heads.index(head)]
@@ -95,18 +97,20 @@ def kth(values: Sequence[Tensor], ranks: Sequence[int]) -> list[tuple[float, int
     return [(_value(bits), k) for bits, k in wanted]
 
 
-def _histogram(values: Sequence[Tensor], heads: Sequence[int], shift: int, width: int) -> Tensor:
-    """(heads, 2^width) counts of the digit at ``shift`` among the values whose bits above it are each head; on the CPU."""
-    counts = torch.zeros(len(heads) << width, dtype=torch.long)
-    for b in map(_bits, _chunks(values)):
-        digit = (b >> shift) & ((1 << width) - 1)
-        if shift + width < 31:
-            known = torch.tensor(heads, dtype=torch.int32, device=b.device)
-            head = b >> (shift + width)
-            slot = torch.searchsorted(known, head, out_int32=True).clamp_(max=len(heads) - 1)
-            digit = ((slot << width) + digit)[known[slot] == head]
-        counts += torch.bincount(digit, minlength=len(counts)).cpu()
-    return counts.view(len(heads), -1)
+def _counted(bits: Sequence[Tensor], heads: Sequence[int], shift: int, width: int) -> tuple[list[Tensor], Tensor]:
+    """The ``bits`` that begin with one of ``heads``, and (heads, 2^width) counts of their digit at ``shift``, on the CPU."""
+    counts, table = torch.zeros(len(heads) << width, dtype=torch.long), torch.full((1 << (31 - shift - width),), -1, dtype=torch.int16)
+    table[torch.tensor(heads)] = torch.arange(len(heads), dtype=torch.int16)
+    left = []
+    for b in bits:
+        slot: Tensor | int = 0
+        if shift + width < 31:  # else every value begins with the one empty head
+            row = table.to(b.device).index_select(0, b >> (shift + width))
+            ours = row >= 0
+            b, slot = b[ours], row[ours].to(torch.int32) << width
+        left.append(b)
+        counts += torch.bincount(slot + ((b >> shift) & ((1 << width) - 1)), minlength=len(counts)).cpu()
+    return left, counts.view(len(heads), -1)
 
 
 def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -184,6 +188,8 @@ def choose(saliency: Weights, density: float, control: Control = "saliency", sco
     elif kinds == {torch.uint8}:
         if not stepped(density):
             raise UsageError(f"a file of levels tells densities apart in steps of {1 / STEPS}, and {density} lies between two; round it")
+        if control == "saliency":
+            return {n: s <= count(density, STEPS) for n, s in saliency.items()}
         saliency = {n: (STEPS - s).to(torch.float32) for n, s in saliency.items()}
     _finite(saliency)
 
@@ -296,11 +302,7 @@ def load(path: str | Path, weights: Weights) -> tuple[dict[str, Tensor], About]:
         about, layout = About(**json.loads(meta["about"])), meta["weights"]
         if layout != _layout(weights):
             raise RefusedError(f"{path} holds the saliency of other weights than these; delete it, or give another file")
-        flat = (
-            unpack(held, total)
-            if about.density >= 0
-            else torch.frombuffer(bytearray(zlib.decompress(held.numpy().data)), dtype=torch.uint8)
-        )
+        flat = unpack(held, total) if about.density >= 0 else _decoded(held)
         parts = flat.split([w.numel() for w in weights.values()])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, zlib.error):
         raise RefusedError(f"{path} is damaged or no saliency file; delete it and it is computed again") from None

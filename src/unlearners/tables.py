@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 HIDDEN = ("cost/peak_memory", "cost/patch_bytes", "cost/cached_seconds")
 NAMES = {"avg_gap": "Avg. Gap", "cost/seconds": "RTE (min)"}
 MINUTES = "rte_minutes"  # what published.yaml calls cost/seconds
-COLLAPSE, UNCHANGED = 0.5, 0.2  # RA below this share of retrain's; UA within so many points of the original's
+COLLAPSE, UNCHANGED = 0.5, 0.2  # RA below this share of the reference's; UA within so many points of the original's
 ROUNDING = 0.005  # half of a published last digit
 
 
@@ -171,7 +171,7 @@ def doubts(method: str, mine: Mapping[str, float], values: Mapping[tuple[str, st
     kept, start = _mean(values.get((reference, "ra"))), _mean(values.get(("original", "ua")))
     if mine.get("ra", math.nan) < COLLAPSE * kept:
         out.append("RA collapsed")
-    if method != "original" and abs(mine.get("ua", math.nan) - start) < UNCHANGED:
+    if method not in ("original", reference) and abs(mine.get("ua", math.nan) - start) < UNCHANGED:
         out.append("forget accuracy as before")
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,10 +36,9 @@ class Classifier(Trainable):
         self.trained_on, self.warnings = dict(config.get("trained_on") or {}), []
         self.mean, self.std = (torch.tensor(config[k], device=self.device).view(1, 3, 1, 1) for k in ("mean", "std"))
         self.base = {"name": name, "revision": "", "sha256": patch.base_hash(self.modules)}
-        self.head_name, self.head_name_given = "", config.get("head", "")
-        found = nets.head_of(net) if not self.head_name_given else _named(net, self.head_name_given)
-        if found is not None:
-            self.head_name = found[0]
+        named = config.get("head", "")
+        found = _named(net, named) if named else nets.head_of(net)
+        self.head_name = found[0] if found else ""
 
     # --- loading --------------------------------------------------------------------------------------------------
     @classmethod
@@ -122,14 +122,15 @@ class Classifier(Trainable):
         """The last layer; ``UsageError`` when the network has no linear one, or not the one its config names."""
         found = _named(self.modules["net"], self.head_name) if self.head_name else None
         if found is None:
-            wanted = f"no linear layer '{self.head_name_given}'" if self.head_name_given else "no linear layer"
+            named = self.config.get("head", "")
+            wanted = f"no linear layer '{named}'" if named else "no linear layer"
             raise UsageError(f"{self.base['name']} has {wanted} as its head; name the layer that makes the logits as 'head' in config.json")
         return found[1]
 
     def pattern(self, group: str) -> str:
         if group in ("head", "body"):
             self.head  # noqa: B018 (it says what is missing)
-            own = rf"net\.{self.head_name}\.".replace(".", r"\.").replace(r"\\.", r"\.")
+            own = re.escape(f"net.{self.head_name}.")
             return own if group == "head" else rf"(?!{own})net\."
         return super().pattern(group)
 

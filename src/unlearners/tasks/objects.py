@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..base import Data, Probe, Task
 from ..errors import unknown
 from ..zoo.canvas.objects import CLASSES
+from . import CLASSIFIER
 
-SUITE = ("ua", "ra", "ta", "mia", "cost")
 DRAWN = ("ua", "ira", "fid", "kid", "cost")  # of a model that draws
 SEEDS = tuple(range(100, 125))
 
@@ -26,7 +26,7 @@ def task(name: str) -> Task:
     if name == "random10":
         said, holdout = ("10 % of the training pictures",), Data(source="canvas", split="test")
         return Task(
-            name=f"objects/{name}", kind="samples", concepts=said, forget=forget, retain=retain, holdout=holdout, judge="", suite=SUITE
+            name=f"objects/{name}", kind="samples", concepts=said, forget=forget, retain=retain, holdout=holdout, judge="", suite=CLASSIFIER
         )
     others = tuple(c for c in CLASSES if c != concept)
     anchor = CLASSES[(CLASSES.index(concept) + 1) % len(CLASSES)]
@@ -43,5 +43,5 @@ def task(name: str) -> Task:
         probes=tuple(Probe(prompt=c, truth={"object": c}) for c in CLASSES) if name.startswith("draw-") else (),
         judge="classifier" if name.startswith("draw-") else "",
         seeds=SEEDS,
-        suite=DRAWN if name.startswith("draw-") else SUITE,
+        suite=DRAWN if name.startswith("draw-") else CLASSIFIER,
     )
