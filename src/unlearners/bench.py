@@ -9,7 +9,6 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,10 +17,10 @@ from . import config, registry, run, tables, tasks
 from .base import Data, Method, Run, Task
 from .board import Board
 from .errors import UsageError
-from .files import replacing
+from .files import replacing, turn
 from .session import Progress
 from .targets import absolute, is_run, read_run
-from .workers import Crew, Here, Job, Outcome, Processes, Ray, perform, turn
+from .workers import Crew, Here, Job, Outcome, Processes, Ray, perform
 
 COLUMNS = ("target", "task", "method", "seed", "metric", "value", "n", "low", "high", "device", "preset")
 REFERENCE = "retrain"  # the method that Avg. Gap is measured to
@@ -361,7 +360,7 @@ class _Plan:
         common = {"target": self.label, "task": p.task, "method": p.label, "seed": p.seed, "preset": p.cell.preset or "paper"}
         how = {
             "folder": self.folder(p), "attacks": attacks, "metrics": spec.metrics, "seeds": task.seeds[: spec.image_seeds or None],
-            "references": [self.folder(r) for r in others], "device": spec.device, "common": common, "pictures": bool(task.probes),
+            "references": [self.folder(r) for r in others], "device": spec.device, "common": common,
         }  # fmt: skip
         name = self.folder(p).name
         return Job(
@@ -477,15 +476,12 @@ def _score(
     references: Sequence[Path],
     device: str,
     common: Mapping[str, Any],
-    pictures: bool,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Attack and evaluate a finished run; its rows of the table."""
     finished = [str(r) for r in references if is_run(r) and read_run(r)["status"] == "done"]
     more: dict[str, Any] = {"references": finished} if finished else {}
-    # The original's pictures lie beside the runs and are shared, so one at a time draws them.
-    shared_turn = turn(folder.parent / ".pictures.lock", _busy(progress)) if pictures else nullcontext()
-    with turn(folder / ".lock", _busy(progress)), shared_turn:
+    with turn(folder / ".lock", _busy(progress)):
         for attack, prompts in attacks:
             run.attack(attack, folder, prompts=prompts, device=device, progress=progress)
         run.evaluate(folder, metrics=list(metrics) or None, seeds=seeds, device=device, progress=progress, **more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,29 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
+def turn(path: Path, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[None]:
+    """Wait for one's turn at the lock file ``path`` and keep it inside the block; ``waiting`` is told who has it, once.
+
+    The system ends the turn of a process that dies. Raises ``UnlearnError`` where the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting(os.pread(handle, 20, 0).decode())
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UnlearnError(f"{path} cannot be locked ({error.strerror}); put the runs on a disk that has file locks") from error
+        os.truncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)  # the file stays: were it deleted, two processes could lock two files of one name
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A draft to write, which then replaces ``path``: a reader sees the old file or the new one, also after a full disk or a kill."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -40,6 +63,11 @@ def replacing(path: Path) -> Iterator[Path]:
             draft.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         raise UnlearnError(f"{path} could not be written ({sentence(error)}) and is as before; free some space and try again") from error
+
+
+def cache(part: str) -> Path:
+    """Where what can be made again is kept: ``part`` of the user's cache folder, or of ``UNLEARNERS_CACHE``."""
+    return Path(os.environ.get("UNLEARNERS_CACHE") or Path.home() / ".cache" / "unlearners") / part
 
 
 def write_text(path: Path, text: str) -> None:

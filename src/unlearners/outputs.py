@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import config
 from .base import Data, Judge, Request, Task, Verdict
 from .errors import UsageError
-from .files import replacing, write_text
+from .files import replacing, turn, write_text
 from .session import Progress
 from .targets.classifier import Classifier
 
@@ -32,19 +33,27 @@ class Gallery:
         self.folder, self.sampler = folder, dict(sampler)
         self.manifest = folder / "samples" / "manifest.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Learn of the pictures that are there, also of those another process has drawn meanwhile."""
         if self.manifest.exists():
             for line in self.manifest.read_text().splitlines():
                 row = json.loads(line)
-                if row["sampler"] == self.sampler and (folder / row["file"]).exists():
+                if row["sampler"] == self.sampler and (self.folder / row["file"]).exists():
                     self.rows[_key(row["prompt"], row["seed"])] = row
 
     def fill(self, target: Callable[[], Any], requests: Sequence[Request], batch: int, progress: Progress | None, what: str) -> None:
-        """Draw the requests that are missing, in batches, each saved when it is drawn."""
-        missing = [r for r in dict.fromkeys(requests) if _key(r.prompt, r.seed) not in self.rows]
+        """Draw the requests that are missing, in batches, each saved when it is drawn. One process at a time draws into a folder."""
+        if all(_key(r.prompt, r.seed) in self.rows for r in requests):
+            return
+        with self.turn():
+            self._fill(target, [r for r in dict.fromkeys(requests) if _key(r.prompt, r.seed) not in self.rows], batch, progress, what)
+
+    def _fill(self, target: Callable[[], Any], missing: Sequence[Request], batch: int, progress: Progress | None, what: str) -> None:
         if not missing:
             return
         model, done = target(), 0
-        self.manifest.parent.mkdir(parents=True, exist_ok=True)
         for i in range(0, len(missing), batch):
             part = missing[i : i + batch]
             images = model.sample([r.prompt for r in part], [r.seed for r in part], batch=batch, **self.sampler)
@@ -58,6 +67,13 @@ class Gallery:
             done += len(part)
             if progress:
                 progress(what, done, len(missing), {})
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Alone with the folder, whose pictures several runs may share, and told of all that is in it."""
+        with turn(self.folder / "samples" / ".lock"):
+            self.read()
+            yield
 
     def save(self) -> None:
         write_text(self.manifest, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in self.rows.values()))
@@ -140,11 +156,13 @@ class FolderOutputs:
 
     def annotate(self) -> None:
         """Write truth and labels of this task's probes into the manifest, for the report."""
+        if not self.gallery.rows:
+            return
         truth = {p.prompt: (dict(p.truth), self.task.names_concept(p)) for p in self.task.probes}
-        for key, row in self.gallery.rows.items():
-            if row["prompt"] in truth:
-                row["truth"], row["named"] = truth[row["prompt"]]
-                found = {d: known[key] for d, known in self.judged.items() if key in known}
-                row["labels"] = {**row.get("labels", {}), **found}  # the original's pictures serve several tasks
-        if self.gallery.rows:
+        with self.gallery.turn():
+            for key, row in self.gallery.rows.items():
+                if row["prompt"] in truth:
+                    row["truth"], row["named"] = truth[row["prompt"]]
+                    found = {d: known[key] for d, known in self.judged.items() if key in known}
+                    row["labels"] = {**row.get("labels", {}), **found}  # the original's pictures serve several tasks
             self.gallery.save()

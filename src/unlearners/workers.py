@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import importlib
 import os
 import pickle
@@ -15,8 +14,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -83,29 +81,6 @@ def attempt(job: Job, report: Report | None = None) -> Outcome:
         trace = "" if isinstance(error, UnlearnError) else traceback.format_exc()
         return Outcome(error=said, trace=trace, seconds=time.monotonic() - started)
     return Outcome(value=value, seconds=time.monotonic() - started)
-
-
-@contextmanager
-def turn(path: Path, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Wait for one's turn at the lock file ``path`` and keep it inside the block; ``waiting`` is told who has it, once.
-
-    The system ends the turn of a process that dies. Raises ``UnlearnError`` where the file system has no locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting(os.pread(handle, 20, 0).decode())
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UnlearnError(f"{path} cannot be locked ({error.strerror}); put the runs on a disk that has file locks") from error
-        os.truncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        os.close(handle)  # the file stays: were it deleted, two processes could lock two files of one name
 
 
 def perform(jobs: Sequence[Job], crew: Crew, over: Callable[[Job, Outcome], None], began: Callable[[Job], None]) -> dict[str, Outcome]:

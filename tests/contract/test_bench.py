@@ -28,10 +28,11 @@ from unlearners import config, run, tables
 from unlearners.bench import Check, bench, cells, edges, read
 from unlearners.board import Board, clock
 from unlearners.errors import UnlearnError, UsageError
+from unlearners.files import turn
 from unlearners.tables import Published, compare, doubts
 from unlearners.targets import read_run
 from unlearners.targets.classifier import Classifier
-from unlearners.workers import Crew, Here, Job, Outcome, Processes, Ray, perform, threads, turn
+from unlearners.workers import Crew, Here, Job, Outcome, Processes, Ray, perform, threads
 
 GRIDS = sorted(p for p in (Path(__file__).parents[2] / "bench").glob("*.yaml") if p.name != "published.yaml")
 SPLIT = {"source": "tiny", "validation": 0.25}
@@ -429,7 +430,7 @@ def test_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_folder_has_one_writer(tmp_path: Path) -> None:
     """The second waits and hears who is first; a killed holder lets go."""
     path, said, order = tmp_path / "run" / ".lock", list[str](), list[str]()
-    code = "import sys, time; from pathlib import Path; from unlearners.workers import turn\n"
+    code = "import sys, time; from pathlib import Path; from unlearners.files import turn\n"
     code += "with turn(Path(sys.argv[1]), print): print('held', flush=True); time.sleep(600)"
     source = os.pathsep.join(p for p in sys.path if p)
     holder = subprocess.Popen(
