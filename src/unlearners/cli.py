@@ -34,6 +34,9 @@ CUT = {
     "steps": 2,
     "sampler_steps": 4,
     "pool": 2,
+    "pictures": 2,
+    "keep_pictures": 2,
+    "trajectories": 2,
     "timesteps": 2,
     "iterations": 2,
     "tries": 2,
@@ -436,10 +439,69 @@ class Export(Verb):
             with _rehearsal(*_parts(_record(self.folder))) as folder:
                 export(part, folder)
             return {"dry_run": True, "out": str(out)}
-        return {"out": str(export(part, self.folder, out))}
+        path = export(part, self.folder, out)
+        return {"out": str(path), **part.about(path)}
 
     def say(self, result: Result) -> None:
+        for name, value in result.items():
+            if name not in ("out", "dry_run"):
+                print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
         print(f"would write {result['out']}; tried on the tiny model" if self.dry_run else f"→ {result['out']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch(Verb):
+    """Look at patches, the files of what an erasure changed, and do arithmetic with them.
+
+    show FILE, apply FILES --target BASE --out FOLDER, scale FILE FACTOR --out FILE, stack FILES --out FILE, subtract FILE PART
+    --out FILE.
+    """
+
+    what: Positional[Literal["show", "apply", "scale", "stack", "subtract"]]
+    """show one; apply some to a base and write a diffusers folder; make one stronger or weaker; several as one; one without a part of it"""
+    args: Positional[tuple[str, ...]]
+    """run folders, patches, or files of others; for scale also the factor, after --out"""
+    target: str = ""
+    """the untouched base; apply needs it, and the others where the values they were made of are needed, which is said"""
+    out: Path | None = None
+    """what to write"""
+    strength: float = 1.0
+    """with apply: how much of each change"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """with apply: numbers of the model"""
+    force: bool = False
+    """take patches made for another base of the same shape"""
+
+    def do(self, part: Any) -> Result:
+        from . import imports, patches
+
+        counts = {"show": (1, 1), "apply": (1, 0), "scale": (2, 2), "stack": (1, 0), "subtract": (2, 2)}
+        least, most = counts[self.what]
+        if len(self.args) < least or (most and len(self.args) > most):
+            raise UsageError(f"'unlearn patch {self.what}' takes {least}{'' if most else ' or more'}, not {len(self.args)}; see --help")
+        if self.what == "show":
+            return imports.facts(imports.file(self.args[0]))
+        if self.out is None:
+            raise UsageError(f"say with --out what 'unlearn patch {self.what}' is to write")
+        if self.what == "apply" and not self.target:
+            raise UsageError("say with --target what to apply the patches to")
+        if self.dry_run:
+            with _rehearsal():
+                return {"dry_run": True, "out": str(self.out)}
+        how: Result = {"target": self.target, "force": self.force, "dtype": self.dtype}
+        if self.what == "apply":
+            return patches.applied(self.args, self.out, strength=self.strength, **how)
+        return patches.combined(self.what, self.args, self.out, **how)
+
+    def say(self, result: Result) -> None:
+        if self.dry_run and "dry_run" in result:
+            print(f"would write {result['out']}; tried an erasure on the tiny model")
+            return
+        for name, value in result.items():
+            if name != "out":
+                print(f"{name}: {json.dumps(value) if isinstance(value, dict) else value}")
+        if "out" in result:
+            print(f"→ {result['out']}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -555,7 +617,7 @@ class Zoo(Verb):
 
 VERBS: dict[str, type[Verb]] = {
     "list": List, "show": Show, "train": Train, "erase": Erase, "attack": Attack, "evaluate": Evaluate, "report": Report, "export": Export,
-    "bench": Bench, "demo": Demo, "zoo": Zoo,
+    "patch": Patch, "bench": Bench, "demo": Demo, "zoo": Zoo,
 }  # fmt: skip
 
 
@@ -734,6 +796,8 @@ def _cut(part: Any) -> Any:
             lower[f.name] = _cut(value)
         elif f.name in CUT and type(value) is int:
             lower[f.name] = min(value, CUT[f.name])
+        elif f.name == "patch":
+            lower[f.name] = ""  # no patch of a model fits the tiny one
     return dataclasses.replace(part, **lower)
 
 

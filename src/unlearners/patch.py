@@ -166,10 +166,13 @@ def subtract(modules: Modules, base: Mapping[str, str], patch: Patch, *, force: 
 
 
 def to_delta(patch: Patch, modules: Modules) -> Patch:
-    """``patch`` as differences to ``modules``, its untouched base, at float32 or more so that nothing is lost to float16."""
+    """``patch`` as differences to ``modules``, its untouched base; adding them to the base gives its values bit for bit.
+
+    For that they are a size wider than the weights (float32 for half precision, float64 for float32), unless no bit is lost without.
+    """
     old = live(modules)
     _check(patch, old, {}, force=True)
-    changes = {k: _change(old[k], patch.kind, t).cpu() for k, t in patch.tensors.items()}
+    changes = {k: _narrow(_change(old[k], patch.kind, t, torch.float64).cpu()) for k, t in patch.tensors.items()}
     return replace(patch, tensors=changes, kind="delta")
 
 
@@ -183,19 +186,45 @@ def scaled(patch: Patch, factor: float) -> Patch:
 def stack(patches: Sequence[Patch], modules: Modules) -> Patch:
     """One patch that does what ``patches`` do together on ``modules``, their untouched base.
 
-    Value patches that share no tensor stay values, else the deltas are summed. Raises ``RefusedError`` for different bases.
+    Value patches that share no tensor stay values, and then ``modules`` may be empty; else the differences are summed, in float64.
+    Raises ``RefusedError`` for different bases.
     """
-    base: dict[str, str] = {}
-    for patch in patches:
-        for component in patch.components:
-            if base.setdefault(component, patch.base[component]) != patch.base[component]:
-                raise RefusedError(f"the patches were made for different '{component}'; stack only patches of one base")
+    base = _common(patches)
     meta = {"stack": json.dumps([dict(p.meta) for p in patches], sort_keys=True)}
     keys = _keys(patches)
     if all(p.kind == "value" for p in patches) and len(keys) == sum(len(p.tensors) for p in patches):
         return Patch(tensors={k: t for p in patches for k, t in p.tensors.items()}, base=base, meta=meta)
     deltas = [to_delta(p, modules).tensors for p in patches]
-    return Patch(tensors={k: reduce(torch.add, [d[k] for d in deltas if k in d]) for k in keys}, kind="delta", base=base, meta=meta)
+    summed = {k: reduce(torch.add, [d[k].double() for d in deltas if k in d]) for k in keys}
+    return Patch(tensors={k: _narrow(t) for k, t in summed.items()}, kind="delta", base=base, meta=meta)
+
+
+def without(whole: Patch, part: Patch, modules: Modules) -> Patch:
+    """``whole``, a stack that holds ``part``, without it, on ``modules``, their untouched base.
+
+    Weights that both give alike are left out, and then ``modules`` may be empty; else the differences are subtracted, in float64, so
+    that what was stacked comes back bit for bit. Raises ``RefusedError`` for different bases, for a ``part`` that changes what
+    ``whole`` leaves alone, and when nothing is left.
+    """
+    base = _common([whole, part])
+    if extra := sorted(part.tensors.keys() - whole.tensors.keys()):
+        raise RefusedError(f"the second patch changes '{extra[0]}' and the first does not, so it is no part of it; swap or check them")
+    meta = {"whole": json.dumps(dict(whole.meta), sort_keys=True), "without": json.dumps(dict(part.meta), sort_keys=True)}
+    if whole.kind == part.kind == "value" and all(torch.equal(whole.tensors[k], t) for k, t in part.tensors.items()):
+        left = {k: t for k, t in whole.tensors.items() if k not in part.tensors}
+        kind: Literal["value", "delta"] = "value"
+    else:
+        a, b = (to_delta(p, modules).tensors for p in (whole, part))
+        rest = {k: t.double() - b[k].double() if k in b else t for k, t in a.items()}
+        left, kind = {k: _narrow(t) for k, t in rest.items() if t.any()}, "delta"
+    if not left:
+        raise RefusedError("nothing is left of the first patch without the second; use the untouched base instead")
+    return Patch(tensors=left, kind=kind, base={c: h for c, h in base.items() if any(k.startswith(f"{c}.") for k in left)}, meta=meta)
+
+
+def check(patch: Patch, modules: Modules, base: Mapping[str, str], *, force: bool = False) -> None:
+    """Raise ``RefusedError`` unless ``apply`` would take the patch."""
+    _check(patch, live(modules), base, force)
 
 
 def read_foreign(path: str | Path, modules: Modules) -> dict[str, Tensor]:
@@ -205,8 +234,12 @@ def read_foreign(path: str | Path, modules: Modules) -> dict[str, Tensor]:
     encoders, which hold every weight twice. Raises ``RefusedError`` if a tensor has no place or another shape in ``modules``, if
     the file is damaged, or if opening it would run code.
     """
-    path, old = Path(path), live(modules)
-    given = read_tensors(path)
+    return fit(Path(path), read_tensors(path), modules)
+
+
+def fit(path: Path, given: Mapping[str, Tensor], modules: Modules) -> dict[str, Tensor]:
+    """``read_foreign`` for the tensors that were in ``path``."""
+    old = live(modules)
     given = {k: t for k, t in given.items() if not k.endswith("position_ids")}  # 0, 1, 2 …, which only old versions save
     if any(k.startswith("text_encoder.text_model.") for k in given):  # AdvUnlearn's wrapper: the bare names repeat the prefixed ones
         given = {k: t for k, t in given.items() if not k.startswith(("embedding.", "embeddings.", "encoder.", "final_layer_norm."))}
@@ -239,6 +272,33 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return _unpickle(path) if _is_pickle(path) else _safetensors(path)[0]
 
 
+def is_patch(path: str | Path) -> bool:
+    """Whether a file is a patch of ours. Raises ``RefusedError`` for one that is missing or damaged."""
+    return METADATA in header(path)
+
+
+def header(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself; {} for a pickle. Raises ``RefusedError`` for a file that is missing or damaged."""
+    path = Path(path)
+    if _is_pickle(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        raise RefusedError(f"{path} is damaged or no safetensors file; copy or download it again") from None
+
+
+def _common(patches: Sequence[Patch]) -> dict[str, str]:
+    """The base that patches share."""
+    base: dict[str, str] = {}
+    for patch in patches:
+        for component in patch.components:
+            if base.setdefault(component, patch.base[component]) != patch.base[component]:
+                raise RefusedError(f"the patches were made for different '{component}'; stack only patches of one base")
+    return base
+
+
 def _umask() -> int:
     os.umask(mask := os.umask(0o022))  # it can only be read by setting it
     return mask
@@ -265,11 +325,16 @@ def _check(patch: Patch, old: Mapping[str, Tensor], base: Mapping[str, str], for
         raise RefusedError(f"the patch was made for another '{wrong[0]}' than this model's; load its own base, or --force it onto this one")
 
 
-def _change(old: Tensor, kind: str, t: Tensor) -> Tensor:
-    """The difference that a tensor of a patch makes to ``old``, at float32 or more."""
-    wide = torch.promote_types(torch.promote_types(old.dtype, t.dtype), torch.float32)
+def _change(old: Tensor, kind: str, t: Tensor, least: torch.dtype = torch.float32) -> Tensor:
+    """The difference that a tensor of a patch makes to ``old``, at ``least`` or more."""
+    wide = torch.promote_types(torch.promote_types(old.dtype, t.dtype), least)
     t = t.detach().to(old.device, wide)
     return t - old.detach().to(wide) if kind == "value" else t
+
+
+def _narrow(t: Tensor) -> Tensor:
+    """``t`` (float64) at float32 if that holds every bit of it."""
+    return t.float() if torch.equal(t.float().double(), t) else t
 
 
 def _new(old: Tensor, parts: list[tuple[Literal["value", "delta"], Tensor]], scale: float) -> Tensor:

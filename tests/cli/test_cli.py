@@ -80,7 +80,7 @@ assert not heavy, heavy
 
 def test_a_process_says_one_line_and_exits(tmp_path: Path) -> None:
     bad = python("-m", "unlearners.cli", "erase", "esdd", "tiny", cwd=tmp_path)
-    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "unlearn: unknown method 'esdd'; did you mean esd or ssd\n")
+    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "unlearn: unknown method 'esdd'; did you mean esd or ssd or sld\n")
 
 
 def test_an_interrupted_erasure_resumes(tmp_path: Path) -> None:

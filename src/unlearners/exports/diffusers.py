@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from safetensors.torch import load_file, save_file
-
-from .. import patch
-from ..targets import DTYPES, load
+from ..targets.stable_diffusion import StableDiffusion
 from . import Export
+from ._shared import erased, save_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +20,8 @@ class Diffusers(Export):
     """precision of the weights on disk"""
 
     def run(self, folder: Path, out: Path) -> Path:
-        target: Any = load(str(folder))  # at the run's own precision, or the patch would not fit its base
-        target.pipe.to(dtype=DTYPES[self.dtype])
-        target.pipe.save_pretrained(out, safe_serialization=True)
-        for component in ("text_encoder", "text_encoder_2"):
-            for path in (out / component).glob("*.safetensors"):
-                weights = {patch.hub_key(f"{component}.{k}").partition(".")[2]: v for k, v in load_file(path).items()}
-                save_file(weights, path, {"format": "pt"})  # transformers 5 saves CLIP text models in a spelling version 4 cannot read
-        return out
+        return self.write(erased(folder), out)
+
+    def write(self, target: StableDiffusion, out: Path) -> Path:
+        """``target`` as it is; its precision is changed."""
+        return save_pipeline(target, out, self.dtype)
