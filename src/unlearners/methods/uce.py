@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
+from .. import closed_form
 from ..base import Method, Row, Task
-from ..errors import UnlearnError, UsageError
+from ..errors import UsageError
 from ..targets.base import TextToImage
-
-TEMPLATES: dict[str, tuple[str, ...]] = {
-    "style": ("{}", "{} style", "an image in {} style", "{} image"),
-    "object": ("{}", "a {}", "an image of a {}", "{} image"),
-    "identity": ("{}", "a picture of {}", "a portrait of {}"),
-    "nsfw": ("{}",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +25,9 @@ class UCE(Method):
         A = alpha sum g_i c_i' + beta sum p_j p_j' + lambda I,   B = alpha sum c_i c_i' + beta sum p_j p_j' + lambda I.
     A B^-1 (d × d) is the same for every W: it is solved once, in float64. No pictures, no gradient, under a second.
 
-    Logged: ``condition`` is the 2-norm condition number of B (above 1e8 the answer loses half of its digits); ``change`` is
-    ||W - W_old|| / ||W_old|| over all edited matrices; ``erased`` is the mean of ||W c - W_old g|| / ||W_old c - W_old g||
-    (0 = the concept became its guide); ``moved`` the mean of ||W p - W_old p|| / ||W_old p|| (0 = nothing preserved moved).
+    Logged: ``condition`` is the 2-norm condition number of B (above 1e8 the answer loses half of its digits); over all edited
+    matrices together, ``change`` is ||W - W_old|| / ||W_old||, ``erased`` ||W c - W_old g|| / ||W_old c - W_old g|| (0 = the
+    concept became its guide) and ``moved`` ||W p - W_old p|| / ||W_old p|| (0 = nothing preserved moved).
 
     Deviations from the authors' code:
     1. A linear solve in float64 in place of an inverse in float32; the condition number is logged.
@@ -70,60 +63,21 @@ class UCE(Method):
     def __post_init__(self) -> None:
         if self.lamb <= 0 or self.erase_scale < 0 or self.preserve_scale < 0:
             raise UsageError("lamb must be above 0 and the scales at least 0, or there is no unique solution")
-        if any("{}" not in t for t in self.templates):
-            raise UsageError("each template needs {} where the concept goes, for example 'an image of {}'")
+        closed_form.check_templates(self.templates)
 
     @torch.no_grad()
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
         w = target.select(self.params)
-        if bad := [n for n, p in w.items() if p.dim() != 2]:
-            raise UsageError(f"UCE rewrites matrices and '{bad[0]}' is none; use params xattn-kv")
-        says = self.templates or TEMPLATES[task.kind]
-        guides = [task.anchor(i) for i in range(len(task.concepts))]  # an empty one is the empty prompt in every phrase
-        pairs = [(t.format(c), t.format(g) if g else "") for c, g in zip(task.concepts, guides, strict=True) for t in says]
-        keep = ["", *(t.format(p) for p in task.preserve for t in says)]
-        c, g = self.vectors(target, pairs)  # (n, d), (n, d)
-        p = self.kept(target, keep)  # (m, d)
-        d = c.shape[1]
-        if other := [n for n, m in w.items() if m.shape[1] != d]:
-            raise UsageError(f"'{other[0]}' does not read text states of width {d}; use params xattn-kv")
-        alpha, beta = self.erase_scale, self.preserve_scale or max(0.1, 1 / len(keep))
-        eye = torch.eye(d, dtype=torch.float64, device=c.device)
-        A = alpha * g.T @ c + beta * p.T @ p + self.lamb * eye  # (d, d)
-        B = alpha * c.T @ c + beta * p.T @ p + self.lamb * eye  # (d, d), symmetric
-        M = torch.linalg.solve(B, A.T).T  # A B^-1
-        if not torch.isfinite(M).all():
-            raise UnlearnError("the normal equations have no finite solution; raise lamb or lower erase_scale")
-        moved, size, left, gap, drift, kept = (0.0,) * 6
+        pairs, keep = closed_form.phrases(task, self.templates)
+        c, g = closed_form.aligned(target, pairs, self.tokens)  # (n, d), (n, d)
+        p = closed_form.kept(target, keep, self.tokens)  # (m, d)
+        closed_form.check_matrices("UCE", w, c.shape[1])
+        beta = self.preserve_scale or max(0.1, 1 / len(keep))
+        M, B = closed_form.solve(c, g, p, alpha=self.erase_scale, beta=beta, lamb=self.lamb)  # A B^-1, B
+        T = torch.lerp(torch.eye(len(M), dtype=M.dtype, device=M.device), M, self.strength)
+        K = closed_form.gram(w.values())
         for _ in target.steps(1):
-            for matrix in w.values():
-                W_old = matrix.double()
-                W = W_old + self.strength * (W_old @ M - W_old)
-                moved, size = moved + (W - W_old).square().sum().item(), size + W_old.square().sum().item()
-                left, gap = left + (c @ W.T - g @ W_old.T).norm().item(), gap + (c @ W_old.T - g @ W_old.T).norm().item()
-                drift, kept = drift + (p @ (W - W_old).T).norm().item(), kept + (p @ W_old.T).norm().item()
-                if self.strength:
-                    matrix.copy_(W)
-            ratio = left / gap if gap else 0.0
-            yield {"condition": torch.linalg.cond(B).item(), "change": (moved / size) ** 0.5, "erased": ratio, "moved": drift / kept}
-
-    def vectors(self, target: TextToImage, pairs: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-        """Concept and guide vectors, aligned at their last subject tokens: (n, d) each, float64."""
-        concepts, guides = [], []
-        for concept, guide in pairs:
-            (c, i), (g, j) = self.states(target, concept), self.states(target, guide)
-            n = min(len(c) - i, len(g) - j) if self.tokens == "all" else 1
-            concepts.append(c[i : i + n])
-            guides.append(g[j : j + n])
-        return torch.cat(concepts), torch.cat(guides)
-
-    def kept(self, target: TextToImage, prompts: Sequence[str]) -> Tensor:
-        """Vectors to preserve (m, d): all positions, or the last token of each prompt."""
-        states = [self.states(target, p) for p in prompts]
-        return torch.cat([s if self.tokens == "all" else s[i : i + 1] for s, i in states])
-
-    def states(self, target: TextToImage, prompt: str) -> tuple[Tensor, int]:
-        """Text states (L, d) in float64 and the position of the last subject token (of the end token, for an empty prompt)."""
-        ids = target.tokens([prompt])
-        last = next((i for i in range(ids.shape[1] - 1, -1, -1) if int(ids[0, i]) not in target.special), 1)
-        return target.encode([prompt]).states[0].double(), last
+            if self.strength:
+                for W in w.values():
+                    W.copy_(W.double() @ T)
+            yield {"condition": closed_form.condition(B), **closed_form.effect(K, T, c, g, p)}
