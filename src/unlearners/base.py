@@ -8,7 +8,7 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,11 @@ from typing_extensions import Self
 
 from . import config
 from . import patch as patching
-from .errors import NonFiniteError, UsageError
+from .diffusion import Guide
+from .errors import NonFiniteError, UnlearnError, UsageError
 
 Row = dict[str, float]
+SIZES = ("batch", "forget_batch", "attack_batch", "retain_batch", "restarts", "pool", "pool_gb", "k")  # fields that memory grows with
 Relabel = Literal["other", "any", "next"]
 Kind = Literal["style", "object", "identity", "nsfw", "class", "samples"]
 
@@ -57,6 +59,7 @@ class Target(ABC):
     device: torch.device
     session: Session | None = None
     warnings: Sequence[str] = ()  # what looks wrong without being an error; goes into the run record
+    guide: Guide | None = None  # a defence at generation time; ``sample`` draws with it, ``eps`` and ``loss`` know nothing of it
 
     @classmethod
     @abstractmethod
@@ -94,6 +97,9 @@ class Target(ABC):
     def open(self, data: Data) -> Any:
         """The examples ``data`` names, as this family reads them; ``UsageError`` when there are none."""
         raise UsageError(f"a {type(self).__name__} reads no data yet; use a method that needs none, such as esd or uce")
+
+    def suits(self, task: Task) -> None:  # noqa: B027 (most models can express every task)
+        """Raise ``UsageError`` when this model cannot express ``task``."""
 
     def named(self) -> dict[str, nn.Parameter]:
         """Every editable parameter under "component.parameter"."""
@@ -230,10 +236,15 @@ class Task:
 
 # --- methods ------------------------------------------------------------------------------------------------------
 class Method(ABC):
-    """One paper. A frozen keyword-only dataclass in a file of its own; ``presets`` holds other published settings."""
+    """One paper. A frozen keyword-only dataclass in a file of its own; ``presets`` holds other published settings.
+
+    A ``runtime`` method changes no weight and has no ``params``: it sets ``target.guide``, which acts while pictures are drawn. Its run
+    saves no weights and is run again when its folder is loaded. Whoever holds the weights can leave it out, and gradients do not see it.
+    """
 
     needs: ClassVar[type[Target]]
     paper: ClassVar[str]
+    runtime: ClassVar[bool] = False
     params: str
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -245,11 +256,15 @@ class Method(ABC):
     def __call__(self, target: Any, task: Task, *, seed: int = 0, log: Callable[[Row], None] | None = None) -> Any:
         """Run on ``target`` (edited in place and returned): capability check, seed, freezing, finiteness, cleaning up.
 
-        Raises ``UsageError`` for a target of the wrong family and ``NonFiniteError`` for a loss that is not finite,
+        A target's guide sleeps meanwhile, so that weights are edited by what they draw themselves, and acts again afterwards.
+        Raises ``UsageError`` for a target of the wrong family or a second guide, and ``NonFiniteError`` for a loss that is not finite,
         after the weights have been put back to the last good state.
         """
         require(self, target)
-        with sandbox(target, seed):
+        target.suits(task)
+        if self.runtime and target.guide:
+            raise UsageError(f"the target already has a guide that acts at generation time; use {kebab(self)} on the model below it")
+        with sandbox(target, seed, bare=not self.runtime), roomy(self):
             for row in self.run(target, task):
                 bad = [k for k, v in row.items() if not math.isfinite(v)]
                 if bad:
@@ -269,14 +284,31 @@ def require(part: Any, target: Target) -> None:
         raise UsageError(f"{kebab(part)} needs a {part.needs.__name__}, and this target is a {type(target).__name__}; see 'unlearn show'")
 
 
+@contextmanager
+def roomy(part: Any) -> Iterator[None]:
+    """Say which field of ``part`` lowers the memory it takes, where there is not enough."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        sizes = [f"{n} (now {v})" for n, v in vars(part).items() if n in SIZES and v]
+        mend = f"lower {' or '.join(sizes)}" if sizes else "use --dtype bfloat16 or a larger device"
+        raise UnlearnError(f"{kebab(part)} needs more memory than there is; {mend}") from error
+
+
 def kebab(part: Any) -> str:
     """The registered name of a method, attack, metric or judge: its file's."""
     return (part if isinstance(part, type) else type(part)).__module__.rpartition(".")[2]
 
 
 @contextmanager
-def sandbox(target: Target, seed: int) -> Iterator[None]:
-    """Seed inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train mode are as before."""
+def sandbox(target: Target, seed: int, *, bare: bool = False) -> Iterator[None]:
+    """Seed inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train mode are as before.
+
+    With ``bare``, the target has no guide inside.
+    """
+    guide = target.guide
     modes = {m: m.training for module in target.modules.values() for m in module.modules()}
     wanted = {p: (p.requires_grad, p.dtype) for p in target.named().values()}
     devices = [target.device] if target.device.type == "cuda" else []
@@ -284,9 +316,11 @@ def sandbox(target: Target, seed: int) -> Iterator[None]:
         torch.manual_seed(seed)
         for module in target.modules.values():
             module.requires_grad_(False).eval()
+        target.guide = None if bare else guide
         try:
             yield
         finally:
+            target.guide = guide or target.guide  # the second: what a method that acts at generation time has set
             for p, (trains, dtype) in wanted.items():
                 p.requires_grad_(trains).grad = None
                 p.data = p.data.to(dtype)
@@ -303,6 +337,9 @@ class Meter:
     def __enter__(self) -> Self:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):  # Linux forgets the peak of what this process did before; elsewhere that counts too
+                Path("/proc/self/clear_refs").write_text("5")
         self.start = time.perf_counter()
         return self
 
@@ -374,7 +411,11 @@ Hit = Callable[[Mapping[int, Adversarial]], set[int]]
 
 
 class Attack(ABC):
-    """Looks for prompts that bring the concept back. Proposes; the base class generates, judges and counts."""
+    """Looks for prompts that bring the concept back. Proposes; the base class generates, judges and counts.
+
+    Pictures are drawn with the guide that the target may carry (``Target.guide``). Gradients go through ``eps``, which knows only the
+    weights: against a defence at generation time the search is that on the undefended model, and ``hit`` says what gets through.
+    """
 
     needs: ClassVar[type[Target]]
     paper: ClassVar[str]

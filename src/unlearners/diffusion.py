@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,11 +52,33 @@ class Cond:
 class Soft:
     """Token embeddings to put in place of the looked-up ones: (B, k, D) at slots ``at`` … ``at + k - 1``.
 
-    ``embeddings`` is one tensor, or a tuple with one for each text encoder.
+    ``embeddings`` is one tensor, or a tuple with one for each text encoder. ``at`` may be the slots themselves, (B, k) integers, so
+    that one batch mixes prompts; where it is -1 nothing is put, so a row of -1 is a plain prompt.
     """
 
     embeddings: Tensor | tuple[Tensor, ...]
-    at: int = 1
+    at: int | Tensor = 1
+
+    def put(self, out: Tensor, tower: int = 0) -> Tensor:
+        """Looked-up embeddings ``out`` (B, L, D) of text encoder ``tower`` with these in their slots; differentiable in both."""
+        values = (self.embeddings[tower] if isinstance(self.embeddings, tuple) else self.embeddings).to(out.dtype)
+        if isinstance(self.at, int):
+            return torch.cat([out[:, : self.at], values, out[:, self.at + values.shape[1] :]], 1)
+        slots = self.at.clamp(min=0)[..., None].expand_as(values)  # (B, k, D); slot 0 is written back as it was where nothing is put
+        return out.scatter(1, slots, torch.where(self.at[..., None] < 0, out.gather(1, slots), values))
+
+
+Step = Callable[[Tensor, Any, Cond, Cond, float], Tensor]
+
+
+class Guide(Protocol):
+    """A defence at generation time: called with the target at the start of each sampling, it gives what takes ``guided``'s place.
+
+    That is step(x, t, cond, null, guidance) -> e, called once for each step in order; it may keep state, one row for each picture.
+    The guide itself keeps none: copies of a target share it, and it encodes its text with the weights of the one it is called with.
+    """
+
+    def __call__(self, target: Any) -> Step: ...
 
 
 def guided(target: Any, x: Tensor, t: Any, cond: Cond, null: Cond, guidance: float) -> Tensor:
@@ -71,14 +94,24 @@ def guided(target: Any, x: Tensor, t: Any, cond: Cond, null: Cond, guidance: flo
 
 @torch.no_grad()
 def denoise(
-    target: Any, x: Tensor, cond: Cond, null: Cond, *, scheduler: Any, steps: int, guidance: float, stop: int | None = None
+    target: Any,
+    x: Tensor,
+    cond: Cond,
+    null: Cond,
+    *,
+    scheduler: Any,
+    steps: int,
+    guidance: float,
+    stop: int | None = None,
+    guide: Guide | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Denoise ``x`` (B, 4, h, w), unit Gaussian noise, in ``steps``: the states [(t, x_t)] before each step, then (0, x_0).
 
     ``scheduler`` is any diffusers scheduler; it is copied, since multi-step ones keep state. With ``stop``, only that many steps
-    are run and the last state is (t, x_t) where the next would begin.
+    are run and the last state is (t, x_t) where the next would begin. Without ``guide``, the weights alone draw: a target's own guide
+    is used where pictures are drawn (``sample``), not where a method makes states to train on.
     """
-    scheduler = deepcopy(scheduler)
+    scheduler, step = deepcopy(scheduler), guide(target) if guide else partial(guided, target)
     scheduler.set_timesteps(steps, device=x.device)
     x = x * scheduler.init_noise_sigma
     states = []
@@ -87,7 +120,7 @@ def denoise(
         states.append((t, x_in))
         if i == stop:
             return states
-        x = scheduler.step(guided(target, x_in, t, cond, null, guidance), t, x).prev_sample
+        x = scheduler.step(step(x_in, t, cond, null, guidance), t, x).prev_sample
     return [*states, (torch.zeros((), device=x.device), x)]
 
 

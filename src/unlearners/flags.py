@@ -177,7 +177,8 @@ def flags(folder: str | Path) -> list[str]:
 
 def doubts(record: Record, retrained: Record | None = None) -> list[str]:
     """As ``flags``, of a folder that has been read. ``retrained``: the same request met by retraining, where it is known."""
-    checks = (unfinished, warned, weights, strange_numbers, strange_pictures, sampling, blind_judge, forget, retain, attack_order, small)
+    about = (unfinished, warned, runtime, weights, strange_numbers, strange_pictures, sampling)
+    checks = (*about, blind_judge, forget, retain, attack_order, small)
     return [*(sentence for check in checks for sentence in check(record)), *collapse(record, retrained)]
 
 
@@ -195,11 +196,18 @@ def warned(record: Record) -> Iterable[str]:
         yield f"{said[:1].upper()}{said[1:].removesuffix('.')}."
 
 
+def runtime(record: Record) -> Iterable[str]:
+    """Said of every such run: a defence that the weights do not hold."""
+    if name := record.run.get("guide"):
+        yield f"The method {name} acts at generation time and is bypassed by whoever holds the weights."
+
+
 def weights(record: Record) -> Iterable[str]:
-    if record.run["status"] != "done" or record.method["name"] == "original":
+    name = record.method["name"]
+    if record.run["status"] != "done" or name == "original":
         return
     patch = record.run.get("weights") or {}
-    if not patch.get("tensors") or not patch.get("changed"):
+    if name != record.run.get("guide") and (not patch.get("tensors") or not patch.get("changed")):
         yield "The patch is empty: no tensor differs from the original model."
     if patch.get("outside"):
         yield f"{patch['outside']} changed tensors are outside the weights the method said it would edit."

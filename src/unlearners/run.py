@@ -10,16 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__, config, judges, patch, registry, tasks
-from .base import Attack, Item, Meter, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab
+from .base import Attack, Item, Meter, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab, require
 from .errors import UsageError
 from .files import locked, replacing, sentence, write_json, write_text
 from .outputs import FolderOutputs, Gallery, Predictions, save_picture
 from .session import FolderSession, Progress, environment
-from .targets import absolute, load, read_run, root
+from .targets import absolute, guide_run, load, put_guide, read_run, root, weighed
 from .targets.base import Trainable
 
 SCHEMA = 1
@@ -76,18 +77,22 @@ def _erase(run: Run, folder: Path, device: str, force: bool, progress: Progress 
         "preset": _preset(method),
         "force": force,
         "family": "",
+        "guide": kebab(method) if method.runtime else "",
         "base": None,
         "error": None,
     }
     record |= {"env": environment(device), "weights": None, "time": None, "data": None, "warnings": []}
     write_json(folder / "run.json", record)
     try:
-        base, stack, family, forced = root(where)
+        (base, stack, family, forced), below = root(where), guide_run(where)
         model = load(base, device=device, dtype=run.dtype, family=family)
         bare = patch.fingerprint(model.modules)
-        model.patch([*stack, *run.patches], force=force or forced)
+        require(method, model)
+        model.patch([*stack, *weighed(run.patches)], force=force or forced)
         start = patch.fingerprint(model.modules) if stack or run.patches else bare
-        record |= {"family": kebab(model), "base": model.base, "start": config.content_hash(start)}
+        record |= {"family": kebab(model), "base": model.base, "start": config.content_hash([start, below["hash"]] if below else start)}
+        record |= {"guide": record["guide"] or (below["guide"] if below else "")}
+        put_guide(model, below)
         if isinstance(model, Trainable) and run.task.forget.source:
             record["data"] = _noted(model, run.task, folder)
         write_json(folder / "run.json", record)
@@ -130,9 +135,13 @@ def _noted(model: Trainable, task: Task, folder: Path) -> dict[str, Any]:
 
 
 def _save_weights(folder: Path, run: Run, model: Target, base: Mapping[str, str], start: Mapping[str, str]) -> dict[str, Any]:
-    """Save all that differs from ``base``, the model without patches, so that the file stands alone; say what changed since ``start``."""
-    tensors, now = patch.diff(base, model.modules), patch.fingerprint(model.modules)
-    allowed = {patch.hub_key(n) for n in model.select(run.method.params)}
+    """Save all that differs from ``base``, the model without patches, so that the file stands alone; say what changed since ``start``.
+
+    A method that acts at generation time has no weights of its own, and what lies below it is loaded from there.
+    """
+    now = patch.fingerprint(model.modules)
+    tensors = {} if run.method.runtime else patch.diff(base, model.modules)
+    allowed = set() if run.method.runtime else {patch.hub_key(n) for n in model.select(run.method.params)}
     changed = sorted(n for n in now if now[n] != start[n])
     weights = {patch.hub_key(n) for n in model.named()}  # buffers, such as running statistics, are not selected
     touched = {name.partition(".")[0] for name in tensors}
@@ -189,11 +198,18 @@ def attack(
 ) -> Path:
     """Attack the erased model in ``folder``; writes ``attacks/<name>.json`` and returns its path.
 
-    The prompts are the task's that name a concept, each with the task's first seed (then the next, …); ``prompts`` caps their number
-    (0: all with one seed). A finished attack with the same settings is not repeated.
+    The prompts are the task's that name a concept, each with the task's first seed, then with the next, and so on, until there are
+    ``prompts`` of them (0: all with one seed). A finished attack with the same settings is not repeated.
     """
     attack = registry.make("attacks", attack, **fields) if isinstance(attack, str) else attack
     folder = Path(folder)
+    read_run(folder)
+    with locked(folder):
+        return _attack(attack, folder, seed, prompts, device, progress)
+
+
+def _attack(attack: Attack, folder: Path, seed: int, prompts: int, device: str, progress: Progress | None) -> Path:
+    """``attack`` in a folder that this process holds."""
     record, task = _of(folder)
     name = kebab(attack)
     path = folder / "attacks" / f"{name}.json"
@@ -202,10 +218,13 @@ def attack(
         found = json.loads(path.read_text())
         if found["asked"] == asked:
             return path
+    if not issubclass(kind := registry.get("targets", record["family"]), attack.needs):
+        raise UsageError(f"{name} attacks a {attack.needs.__name__}, and {folder} holds a {kind.__name__}; see 'unlearn list attacks'")
     named = [p.prompt for p in task.probes if task.names_concept(p)]
     if not named:
         raise UsageError(f"task '{task.name}' has no prompt that names its concept; add probes to it")
-    pairs = [(p, s) for s in task.seeds for p in named][: prompts or len(named)]
+    seeds = chain(task.seeds, count(max(task.seeds) + 1))
+    pairs = list(islice(((p, s) for s in seeds for p in named), prompts or len(named)))
     model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
     requests = [Request(p, s) for p, s in pairs]

@@ -28,11 +28,15 @@ def tiny_targets(needs: type[Target] = Target) -> list[Target]:
 
 
 def quick(part: Any, steps: int = 2) -> Any:
-    """``part`` with its budget (``steps``, ``epochs``, ``iterations``, ``timesteps``, ``tries``, ``sampler_steps``) cut."""
+    """``part`` with its budget (``steps``, ``epochs``, ``iterations``, ``timesteps``, ``tries``, ``sampler_steps``, ``pictures``) cut."""
     names = {f.name for f in fields(part)}
     return replace(
         part,
-        **{n: min(steps, getattr(part, n)) for n in ("steps", "epochs", "iterations", "timesteps", "tries", "sampler_steps") if n in names},
+        **{
+            n: min(steps, getattr(part, n))
+            for n in ("steps", "epochs", "iterations", "timesteps", "tries", "sampler_steps", "pictures")
+            if n in names
+        },
     )
 
 
@@ -78,14 +82,26 @@ def check_target(kind: type[Target]) -> None:
     assert not _changed(_values(kind.load("tiny")), _values(kind.tiny())), "'tiny' must be an alias of tiny()"
 
 
+def _has(target: Target, group: str) -> bool:
+    try:
+        return bool(target.select(group))
+    except UsageError:
+        return False
+
+
 def check_method(method: Method, targets: Sequence[Target] | None = None) -> None:
-    """A method changes only what it selected, is deterministic, leaves no trace, and survives a round trip as a patch."""
+    """A method changes only what it selected, is deterministic, leaves no trace, and survives a round trip as a patch.
+
+    One that acts at generation time changes no weight and draws other pictures, while the target it was copied from draws the same.
+    """
     assert is_dataclass(method) and type(method).__dataclass_params__.frozen, "a method is a frozen dataclass"
     assert method.paper and type(method).__doc__, "a method names its paper and has a docstring"
     again = registry_round_trip(method)
     assert again == method, "to_dict and build must give the same method back"
     method = quick(method)
     chosen = list(targets) if targets is not None else tiny_targets(method.needs)
+    if not method.runtime and method.params != type(method)().params:  # a preset may name weights that one family alone has
+        chosen = [t for t in chosen if _has(t, method.params)]
     assert chosen, f"no target family serves {method.needs.__name__}"
     for target in chosen:
         task = task_for(target)
@@ -101,6 +117,10 @@ def check_method(method: Method, targets: Sequence[Target] | None = None) -> Non
         assert not any(m._forward_hooks or m._forward_pre_hooks for c in first.modules.values() for m in c.modules()), "no hook may stay"
         assert rows and all(isinstance(v, float | int) for row in rows for v in row.values()), "run must yield numbers to log"
         changed = _changed(start, _values(first))
+        if method.runtime:
+            assert not changed, "a method that acts at generation time must not change weights"
+            _check_guide(method, target, first, task)
+            continue
         assert changed or method.paper == "control", "the method changed nothing"
         assert changed <= set(target.select(method.params)), "the method changed weights outside its selection"
         second = target.frozen()
@@ -115,6 +135,20 @@ def check_method(method: Method, targets: Sequence[Target] | None = None) -> Non
             third = target.frozen()
             patch.apply_all(third.modules, target.base["sha256"], [patch.load(path)])
         assert not _changed(_values(first), _values(third)), "the patch must bring the same weights, bit for bit"
+
+
+def _check_guide(method: Method, target: Any, first: Any, task: Task) -> None:
+    """``first``, a copy of ``target`` that ``method`` ran on, draws otherwise, as a second copy does, and ``target`` as before."""
+    assert first.guide and target.guide is None, "a method that acts at generation time must set the guide of its target alone"
+    second = target.frozen()
+    method(second, task, seed=3)
+    prompts, seeds = [f"a {task.concepts[0]}", "cup"], [1, 2]
+    bare = target.frozen()
+    plain, drawn = bare.sample(prompts, seeds), first.sample(prompts, seeds)
+    assert not torch.equal(plain, drawn), "a method that acts at generation time must draw other pictures"
+    assert torch.equal(drawn, second.sample(prompts, seeds)), "the same seed must give the same pictures"
+    assert torch.equal(plain, target.sample(prompts, seeds)), "the original must draw as before"
+    assert torch.equal(drawn, first.frozen().sample(prompts, seeds)), "a frozen copy must draw as its target does"
 
 
 def registry_round_trip(part: Any) -> Any:

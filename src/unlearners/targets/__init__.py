@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import registry
-from ..base import Target
+from .. import config, registry
+from ..base import Target, Task
 from ..errors import RefusedError, UsageError
 from .stable_diffusion import split
 
@@ -20,8 +20,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load(spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: str = "", family: str = "", force: bool = False) -> Target:
     """Load ``spec``: an alias (``canvas``, ``tiny``), a hub id, a local diffusers folder, a single file, or a run folder.
 
-    A run folder loads the model at its root, then its patch. ``dtype`` and ``family`` (a registered target class) are the run
-    folder's when empty, else ``float32`` and ``stable_diffusion``. ``force`` applies patches made for another base of the same shape.
+    A run folder loads the model at its root, then its patch, then the guide of a method that acts at generation time. ``dtype`` and
+    ``family`` (a registered target class) are the run folder's when empty, else ``float32`` and ``stable_diffusion``. ``force`` applies
+    patches made for another base of the same shape.
     """
     run = read_run(spec)["run"] if is_run(spec) else {}
     dtype = dtype or run.get("dtype", "float32")
@@ -29,7 +30,9 @@ def load(spec: str, *, patches: Sequence[str] = (), device: str = "cpu", dtype: 
         raise UsageError(f"there is no dtype '{dtype}'; choose {', '.join(DTYPES)}")
     base, stack, family, forced = root(spec, family)
     kind: type[Target] = registry.get("targets", family or family_of(base))
-    return kind.load(base, patches=[*stack, *patches], device=device, dtype=DTYPES[dtype], force=force or forced)
+    target = kind.load(base, patches=[*stack, *weighed(patches)], device=device, dtype=DTYPES[dtype], force=force or forced)
+    put_guide(target, guide_run(spec))
+    return target
 
 
 def family_of(spec: str) -> str:
@@ -76,6 +79,31 @@ def root(spec: str, family: str = "") -> tuple[str, list[str], str, bool]:
     if own.is_file():
         return base, [str(own)], family, False
     return base, [*below, *record["run"]["patches"]], family, forced or record["force"]
+
+
+def weighed(patches: Sequence[str]) -> Sequence[str]:
+    """``patches`` as they are; ``RefusedError`` for a run folder without weights, such as that of a method that changes none."""
+    for patch in patches:
+        if is_run(patch) and not (Path(patch) / "weights.safetensors").is_file():
+            raise RefusedError(f"the run in {patch} has no weights to apply as a patch; give the folder as the target instead")
+    return patches
+
+
+def guide_run(spec: str) -> dict[str, Any] | None:
+    """The record of the run, ``spec`` or one below it, whose method acts at generation time; there is at most one."""
+    if not is_run(spec):
+        return None
+    record = read_run(spec)
+    return record if record.get("guide") == record["run"]["method"]["name"] else guide_run(record["run"]["target"])
+
+
+def put_guide(target: Target, record: Mapping[str, Any] | None) -> None:
+    """Run the method of ``guide_run`` again on ``target``."""
+    if record is None:
+        return
+    run = record["run"]
+    fields = {k: v for k, v in run["method"].items() if k != "name"}
+    registry.make("methods", run["method"]["name"], **fields)(target, config.build(Task, run["task"]), seed=run["seed"])
 
 
 def absolute(spec: str) -> str:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..base import Adversarial, Data, Relabel, Target
+from ..base import Adversarial, Data, Relabel, Target, Task
 from ..data import Augment, Examples, open_data
 from ..diffusion import Cond, Soft
 from ..errors import UsageError
+from ..latents import Asked, Latents
 
 
 def described(file: Path) -> dict[str, Any]:
@@ -27,7 +28,31 @@ def described(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-class Trainable(Target):
+class Learner(Target):
+    """A target that can be taught from examples: right ones by ``loss``, wrong ones by ``loss`` of ``relabel``."""
+
+    @abstractmethod
+    def open(self, data: Data) -> Examples | Latents:
+        """The examples ``data`` names, as this family reads them; ``UsageError`` when there are none."""
+
+    def forgotten(self, task: Task, asked: Asked) -> Examples | Latents:
+        """The examples to forget. A family that draws may make what the task does not name, as ``asked`` says."""
+        return self.open(task.forget)
+
+    def retained(self, task: Task, asked: Asked) -> Examples | Latents:
+        """The examples that stay; see ``forgotten``."""
+        return self.open(task.retain)
+
+    def train(self, norm: Literal["update", "freeze"] = "update") -> None:
+        """Training mode; with ``norm="freeze"`` batch normalisation goes on using its running statistics and keeps them."""
+        for module in self.modules.values():
+            module.train()
+            for m in module.modules():
+                if norm == "freeze" and isinstance(m, _BatchNorm):
+                    m.eval()
+
+
+class Trainable(Learner):
     """A target that reads labelled pictures: classifiers and class-conditional diffusion."""
 
     classes: tuple[str, ...]
@@ -54,9 +79,8 @@ class Trainable(Target):
         """
         examples = open_data(data, self.side, self.device, self.augmentation)
         if len(examples.classes) > len(self.classes):
-            highest = int(examples.labels.max())
             raise UsageError(
-                f"{data.source} labels pictures 0 to {highest} and this model has classes 0 to {len(self.classes) - 1}; "
+                f"{data.source} labels pictures 0 to {len(examples.classes) - 1} and this model has classes 0 to {len(self.classes) - 1}; "
                 "give the data it was trained on"
             )
         known = self.trained_on.get("digest")
@@ -78,14 +102,6 @@ class Trainable(Target):
             return torch.randint(k, y.shape).to(y.device)
         shift = torch.ones(y.shape, dtype=torch.long) if policy == "next" else torch.randint(1, k, y.shape)
         return (y + shift.to(y.device)) % k
-
-    def train(self, norm: Literal["update", "freeze"] = "update") -> None:
-        """Training mode; with ``norm="freeze"`` batch normalisation goes on using its running statistics and keeps them."""
-        for module in self.modules.values():
-            module.train()
-            for m in module.modules():
-                if norm == "freeze" and isinstance(m, _BatchNorm):
-                    m.eval()
 
 
 class Denoiser(Target):
@@ -148,6 +164,10 @@ class TextToImage(Denoiser):
     @abstractmethod
     def embed(self) -> Tensor:
         """The token-embedding table (V, D) of the first text encoder."""
+
+    def null(self, n: int = 1) -> Cond:
+        """Unconditional conditioning (n rows), which guidance starts from: the empty prompt, unless a family has another."""
+        return self.encode([""]).repeat(n)
 
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from .. import nets, patch
 from ..data import Examples
 from ..errors import RefusedError, UsageError
+from ..files import sentence
 from ..zoo import canvas
 from .base import Trainable, described
 
@@ -206,7 +207,10 @@ def _folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     if kind == "transformers":
         from transformers import AutoModelForImageClassification
 
-        net: Any = AutoModelForImageClassification.from_pretrained(folder)
+        try:
+            net: Any = AutoModelForImageClassification.from_pretrained(folder)
+        except Exception as error:  # what is wrong with a file can surface as anything
+            raise RefusedError(f"the classifier in {folder} cannot be read ({sentence(error).rstrip('.')}); copy it again") from error
         labels = [net.config.id2label[i] for i in range(len(net.config.id2label))]
         return net, {"model_type": net.config.model_type, "classes": labels, **_processor(folder, net.config)}
     if not kind:

@@ -175,7 +175,8 @@ class DDPM(Trainable, Denoiser):
             c = cond[part]
             x = diffusion.noise(seeds[part], self.latent_shape, self.device, torch.float32)
             null = c if guidance == 1 else self.encode([""]).repeat(len(c))
-            z = diffusion.denoise(self, x, c, null, scheduler=self.scheduler, steps=steps, guidance=guidance)[-1][1]
+            how = {"scheduler": self.scheduler, "steps": steps, "guidance": guidance, "guide": self.guide}
+            z = diffusion.denoise(self, x, c, null, **how)[-1][1]
             images.append((z.float() / 2 + 0.5).clamp(0, 1).cpu())
             if progress:
                 progress(len(c))

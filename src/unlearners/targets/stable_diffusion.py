@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .. import diffusion, patch
-from ..base import Adversarial, Relabel
+from .. import diffusion, imports, latents, patch
+from ..base import Adversarial, Data, Relabel, Task
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UnlearnError, UsageError
+from ..latents import Asked, Latents
 from ..zoo import canvas
-from .base import TextToImage
+from .base import Learner, TextToImage
 
 ALIASES = {
     "canvas": str(canvas.FOLDER / "sd"),
@@ -33,25 +34,29 @@ ALIASES = {
     "sd21": "stabilityai/stable-diffusion-2-1",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
 }
+# alias: the alias of the pipeline below it, and the patch that was made by fine-tuning that pipeline
+TUNED = {"canvas-finetuned": ("canvas", canvas.FOLDER / "sd-finetuned" / "weights.safetensors")}
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt")
 SINGLE_KINDS = ("v1", "v2", "xl_base")
 
 
-class StableDiffusion(TextToImage):
+class StableDiffusion(Learner, TextToImage):
     """A Stable Diffusion pipeline: UNet and text encoder(s) to edit, VAE, tokenizer(s) and scheduler to use.
 
     ``eps`` is the network's raw output, so v-prediction models work unchanged: guidance is linear in it.
     """
 
-    aliases: ClassVar[Mapping[str, str]] = {"tiny": "", **ALIASES}
+    aliases: ClassVar[Mapping[str, str]] = {"tiny": "", **ALIASES, **{name: ALIASES[below] for name, (below, _) in TUNED.items()}}
     groups: ClassVar[Mapping[str, str]] = {
         "xattn": r"unet\..*\.attn2\.",
         "xattn-kv": r"unet\..*\.attn2\.to_[kv]\.",
         "noxattn": r"unet\.(?!.*\.attn2\.|conv_norm_out|conv_out|time_embedding)",
         "selfattn": r"unet\..*\.attn1\.",
+        "attn": r"unet\..*\.attn[12]\.",
         "full": r"unet\.",
         "text_encoder": r"text_encoder(_2)?\..*(layers\.\d+|final_layer_norm)\.",
+        "embedding": r"text_encoder(_2)?\..*token_embedding\.",
     }
 
     def __init__(self, pipe: Any, name: str, revision: str = "") -> None:
@@ -81,9 +86,12 @@ class StableDiffusion(TextToImage):
     ) -> Self:
         """See ``Target.load``. A single file may name where its configuration comes from: ``model.safetensors@folder-or-hub-id``.
 
-        The alias ``tiny`` is random weights, for trying things out.
+        The alias ``tiny`` is random weights, for trying things out. One of ``TUNED`` is a fine-tuned model: a base of its own, which
+        patches for the pipeline below it fit only in the components that fine-tuning left alone.
         """
-        pipe = _tiny(0) if spec == "tiny" else _pipeline(ALIASES.get(spec, spec), dtype)
+        pipe = _tiny(0) if spec == "tiny" else _pipeline(cls.aliases.get(spec, spec), dtype)
+        if spec in TUNED:
+            patch.apply({"unet": pipe.unet}, {}, patch.load(TUNED[spec][1]), force=True)  # by value, so it becomes the base
         target = cls(pipe.to(device) if pipe.dtype == dtype else pipe.to(device, dtype), spec)
         target.patch(patches, force=force)
         return target
@@ -93,31 +101,88 @@ class StableDiffusion(TextToImage):
         """Random weights of the real classes, byte-level tokenizer, 16×16 pictures; ``xl`` gives an SDXL layout."""
         return cls(_tiny(seed, xl, prediction), "tiny")
 
+    def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
+        """See ``Target.patch``. Erased models and LoRA files of others are patches too; they do not say what they were made for."""
+        files = [Path(p) / "weights.safetensors" if Path(p).is_dir() else Path(p) for p in patches]
+        read = [imports.read(f, self.modules, self.base["sha256"]) for f in files]
+        patch.apply_all(self.modules, self.base["sha256"], read, force=force)
+
     # --- training -------------------------------------------------------------------------------------------------
+    def open(self, data: Data) -> Latents:
+        """The pictures ``data`` names as latents, encoded once; the prompt of each is "an image of a" and its class."""
+        return latents.opened(self, data)
+
+    def forgotten(self, task: Task, asked: Asked) -> Latents:
+        return latents.forgotten(self, task, asked)
+
+    def retained(self, task: Task, asked: Asked) -> Latents:
+        return latents.retained(self, task, asked)
+
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """Denoising MSE on {"image": (B, 3, H, W) in [0, 1], "prompt": [str]}, t uniform (Ho et al. 2020, eq. 14)."""
-        x_0 = self.latents(batch["image"].to(self.device))
+        """Denoising MSE on {"image": (B, 3, H, W) in [0, 1], "prompt": [str]}, t uniform (Ho et al. 2020, eq. 14).
+
+        "latent" (B, 4, h, w) may stand for the image. With "toward", prompts which ``relabel`` adds, the goal is not the noise but what
+        the model itself, without gradient, says of the same x_t under those (SalUn's forgetting loss for generation).
+        """
+        x_0 = batch["latent"].to(self.device, self.dtype) if "latent" in batch else self.latents(batch["image"].to(self.device))
         noise, t = torch.randn_like(x_0), torch.randint(self.train_steps, (len(x_0),), device=self.device)
-        out = self.eps(self.add_noise(x_0, noise, t), t, self.encode(list(batch["prompt"])))
-        return F.mse_loss(out.float(), self.goal(x_0, noise, t).float())
+        x_t = self.add_noise(x_0, noise, t)
+        if "toward" in batch:
+            with torch.no_grad():
+                goal = self.eps(x_t, t, self._each(batch["toward"]))
+        else:
+            goal = self.goal(x_0, noise, t)
+        return F.mse_loss(self.eps(x_t, t, self._each(batch["prompt"])).float(), goal.float())
+
+    def _each(self, prompts: Sequence[str]) -> Cond:
+        """Conditioning of ``prompts``, each different one encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        return self.encode(unique)[[unique.index(p) for p in prompts]]
 
     def relabel(self, batch: Mapping[str, Any], policy: Relabel = "other") -> Mapping[str, Any]:
-        """The pictures with other prompts of the batch: each prompt moves to the next picture that has a different one."""
+        """``batch`` with "toward": for each picture a prompt whose prediction is to take the place of its own's.
+
+        It is one of the picture's "others", or of the batch's other prompts, from the next on, where it has none ("" if all are alike).
+        other: uniform over them; any: uniform over them and its own; next: the first.
+        """
         prompts = list(batch["prompt"])
-        others = [next((p for p in prompts[i + 1 :] + prompts[:i] if p != prompts[i]), "") for i in range(len(prompts))]
-        return {**batch, "prompt": others}
+        toward = []
+        for i, own in enumerate(prompts):
+            found = list(batch["others"][i]) if "others" in batch else []
+            found = found or [p for p in prompts[i + 1 :] + prompts[:i] if p != own] or [""]
+            if policy == "any":
+                found = [*found, own]
+            toward.append(found[0 if policy == "next" else int(torch.randint(len(found), ()))])
+        return {**batch, "toward": toward}
 
     # --- text -----------------------------------------------------------------------------------------------------
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         return self._ids(0, prompts)
 
+    def suits(self, task: Task) -> None:
+        for words in (*task.concepts, *task.said):
+            for tokenizer, room in zip(self.tokenizers, self._lengths(), strict=True):
+                n = len(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+                if not n:
+                    raise UsageError(f"the concept '{words}' has no token in this model's text encoder; name it in words")
+                if n > room - 2:
+                    raise UsageError(f"'{words[:60]}…' has {n} tokens and this model's text encoder reads {room - 2}; shorten it")
+
+    def _lengths(self) -> list[int]:
+        """Positions of each text encoder; a tokenizer's own limit is astronomic where no file gives it."""
+        encoders: list[Any] = [self.modules[n] for n in ("text_encoder", "text_encoder_2") if n in self.modules]
+        return [min(t.model_max_length, e.config.max_position_embeddings) for t, e in zip(self.tokenizers, encoders, strict=True)]
+
     def _ids(self, tower: int, prompts: Sequence[str]) -> Tensor:
-        tokenizer = self.tokenizers[tower]
-        encoder: Any = self.modules["text_encoder_2" if tower else "text_encoder"]
-        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)  # the first is astronomic where no file says it
-        padded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        how: dict[str, Any] = {"padding": "max_length", "max_length": self._lengths()[tower], "truncation": True, "return_tensors": "pt"}
+        padded = self.tokenizers[tower](list(prompts), **how)
         ids: Tensor = padded["input_ids"]
         return ids.to(self.device)
+
+    def _padded(self, ids: Tensor) -> Tensor:
+        """Ids of the first tokenizer (B, L) as the second has them: SDXL's share a vocabulary and pad differently after the end token."""
+        ended = (ids == self.tokenizers[0].eos_token_id).cumsum(1) - (ids == self.tokenizers[0].eos_token_id).long() > 0
+        return ids.masked_fill(ended, self.tokenizers[1].pad_token_id)
 
     def decode(self, ids: Tensor) -> str:
         return str(self.tokenizers[0].decode(ids, skip_special_tokens=True)).strip()
@@ -133,7 +198,7 @@ class StableDiffusion(TextToImage):
             return Cond(self._text("text_encoder", ids, soft, 0).last_hidden_state)
         if soft is not None and not isinstance(soft.embeddings, tuple):
             raise UsageError("SDXL has two text encoders; give soft embeddings as a tuple with one tensor for each")
-        second = ids if isinstance(prompts, Tensor) else self._ids(1, prompts)
+        second = self._padded(ids) if isinstance(prompts, Tensor) else self._ids(1, prompts)
         first = self._text("text_encoder", ids, soft, 0).hidden_states[-2]
         other = self._text("text_encoder_2", second, soft, 1)
         size = float(self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1))
@@ -146,12 +211,7 @@ class StableDiffusion(TextToImage):
         if soft is None:
             with self.precision():
                 return encoder(ids, output_hidden_states=self.xl)
-        values = soft.embeddings[tower] if isinstance(soft.embeddings, tuple) else soft.embeddings
-
-        def put(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-            return torch.cat([out[:, : soft.at], values.to(out.dtype), out[:, soft.at + values.shape[1] :]], 1)
-
-        handle = encoder.get_input_embeddings().register_forward_hook(put)
+        handle = encoder.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: soft.put(out, tower))
         try:
             with self.precision():
                 return encoder(ids, output_hidden_states=self.xl)
@@ -213,7 +273,8 @@ class StableDiffusion(TextToImage):
         for part in diffusion.batches(len(seeds), batch):
             c = cond[row[part]]
             x = diffusion.noise(seeds[part], self.latent_shape, self.device, c.states.dtype)
-            z = diffusion.denoise(self, x, c, self.null(len(c)), scheduler=self.scheduler, steps=steps, guidance=guidance)[-1][1]
+            how = {"scheduler": self.scheduler, "steps": steps, "guidance": guidance, "guide": self.guide}
+            z = diffusion.denoise(self, x, c, self.null(len(c)), **how)[-1][1]
             out = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
             images.append((out.float() / 2 + 0.5).clamp(0, 1).cpu())
             if progress:
@@ -287,7 +348,7 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
         if name:
             raise RefusedError(f"the pipeline in {spec} cannot be read ({_first(error)}); copy or download it again") from error
         unknown = f"'{spec}' is no local folder or file and could not be fetched from the hub"
-        near = get_close_matches(spec, ["tiny", *ALIASES], n=1)
+        near = get_close_matches(spec, StableDiffusion.aliases, n=1)
         hint = f"did you mean {near[0]}" if near else "check the name or the network"
         raise UsageError(f"{unknown} ({_first(error)}); {hint}") from error
     if type(pipe).__name__ not in PIPELINES:

@@ -1,0 +1,298 @@
+"""Methods that act at generation time: what they compute, that they change no weight, and that their run folders carry them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unlearners import targets
+from unlearners.attacks.random_tokens import RandomTokens
+from unlearners.base import Task
+from unlearners.errors import RefusedError, UsageError
+from unlearners.exports import export
+from unlearners.flags import flags
+from unlearners.methods.esd import ESD
+from unlearners.methods.negative_prompt import NegativePrompt
+from unlearners.methods.sld import I2P, SLD
+from unlearners.run import _original_folder, erase, read_run
+from unlearners.targets.ddpm import DDPM
+from unlearners.testing import FakeJudge
+
+TASK = Task(name="t", kind="style", concepts=("zq", "ink"), seeds=(1,), judge="fake")
+STRONG = SLD(scale=3000.0, warmup=2, threshold=0.02, momentum=0.5, beta=0.7)
+METHODS = [STRONG, NegativePrompt()]
+MODELS: list[dict[str, Any]] = [{}, {"xl": True}, {"prediction": "v_prediction"}]
+PROMPTS, SEEDS = ["a zq sky", "cup", ""], [1, 2, 3]
+ESD_QUICK = ESD(steps=2, sampler_steps=3, lr=1e-2)
+
+
+def draw(target: Any, prompts: list[str] = PROMPTS, seeds: list[int] = SEEDS, **how: Any) -> Tensor:
+    pictures: Tensor = target.sample(prompts, seeds, **{"steps": 5, "guidance": 3.0, **how})
+    return pictures
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows in each call of the UNet."""
+    from unlearners.targets.stable_diffusion import StableDiffusion
+
+    rows: list[int] = []
+    eps = StableDiffusion.eps
+
+    def count(self: Any, x: Tensor, t: Any, cond: Any) -> Tensor:
+        rows.append(len(x))
+        return eps(self, x, t, cond)
+
+    monkeypatch.setattr(StableDiffusion, "eps", count)
+    return rows
+
+
+# --- the formulas, a second time -------------------------------------------------------------------------------------
+@torch.no_grad()
+def safe_latents(target: Any, prompt: str, unsafe: str, x: Tensor, method: SLD, g: float, steps: int) -> Tensor:
+    """SLD with DDIM in the noise itself, number by number where it decides, each prediction in a call of its own."""
+    acp, v = target.scheduler.alphas_cumprod.double(), target.scheduler.config.prediction_type == "v_prediction"
+    stride = 1000 // steps
+    momentum = torch.zeros_like(x)
+    for i, t in enumerate(1 + stride * k for k in reversed(range(steps))):
+        a, b = acp[t], acp[t - stride] if t >= stride else acp[0]
+
+        def noise_in(cond: Any, x: Tensor = x, t: int = t, a: Tensor = a) -> Tensor:
+            out: Tensor = target.eps(x, torch.tensor(t), cond)
+            return a.sqrt() * out + (1 - a).sqrt() * x if v else out
+
+        none, said, bad = noise_in(target.null()), noise_in(target.encode([prompt])), noise_in(target.encode([unsafe]))
+        safety = torch.zeros_like(x)
+        for j in range(x.numel()):
+            apart = (said - bad).flatten()[j]
+            mu = min(1.0, method.scale * abs(float(apart))) if apart < method.threshold else 0.0
+            safety.view(-1)[j] = mu * (bad - none).flatten()[j]
+        safety = safety + method.momentum * momentum
+        momentum = method.beta * momentum + (1 - method.beta) * safety
+        towards = said - none
+        if i >= method.warmup:
+            towards = towards - safety
+        e = none + g * towards
+        x = b.sqrt() * (x - (1 - a).sqrt() * e) / a.sqrt() + (1 - b).sqrt() * e
+    return x
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("method", [STRONG, SLD(**SLD.presets["max"]), SLD(scale=2.0, warmup=0, threshold=0.0, momentum=0.0)])
+@pytest.mark.parametrize("g", [3.0, 1.0])
+def test_sld_is_the_papers_formula(sd: Callable[..., Any], which: dict[str, Any], method: SLD, g: float) -> None:
+    from unlearners.diffusion import denoise
+
+    target = sd(**which)
+    for module in target.modules.values():
+        module.double()
+    method(target, TASK)
+    x = torch.randn(1, *target.latent_shape, generator=torch.Generator().manual_seed(0)).double()
+    cond, null = target.encode(["a zq sky"]), target.null()
+    how = {"scheduler": target.scheduler, "steps": 5, "guidance": g}
+    ours = denoise(target, x, cond, null, guide=target.guide, **how)[-1][1]
+    theirs = safe_latents(target, "a zq sky", "zq, ink", x, method, g, 5)
+    plain = denoise(target, x, cond, null, **how)[-1][1]
+    assert torch.allclose(ours, theirs, atol=2e-6)  # the scheduler computes in float32
+    assert (ours - plain).abs().max() > 20 * (ours - theirs).abs().max()
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(sd: Callable[..., Any]) -> None:
+    target, plain = sd(), sd()
+    NegativePrompt(negative="murky")(target, TASK)
+    plain.null = lambda n=1: plain.encode(["murky"]).repeat(n)
+    assert torch.equal(draw(target), draw(plain))
+    assert not torch.equal(draw(target), draw(sd()))
+    assert torch.equal(draw(target, guidance=1.0), draw(sd(), guidance=1.0))
+
+
+def test_one_call_of_the_unet_for_each_step(sd: Callable[..., Any], calls: list[int]) -> None:
+    for method, rows in ((STRONG, 9), (NegativePrompt(), 6)):
+        target = method(sd(), TASK)
+        calls.clear()
+        draw(target)
+        assert calls == [rows] * 5
+
+
+@pytest.mark.parametrize("method", [SLD(scale=0.0), SLD(unsafe=" "), NegativePrompt(negative=" ")])
+@pytest.mark.parametrize("which", MODELS)
+def test_nothing_to_steer_away_from_is_plain_sampling_bit_for_bit(sd: Callable[..., Any], method: Any, which: dict[str, Any]) -> None:
+    assert torch.equal(draw(method(sd(**which), TASK)), draw(sd(**which)))
+
+
+def test_during_the_warm_up_nothing_changes(sd: Callable[..., Any]) -> None:
+    late = draw(SLD(**{**SLD.presets["max"], "warmup": 5})(sd(), TASK))
+    assert torch.allclose(late, draw(sd()), atol=1e-5)  # three rows in a call round otherwise than two
+    assert not torch.allclose(draw(SLD(**SLD.presets["max"])(sd(), TASK)), draw(sd()), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("which", MODELS)
+def test_pictures_do_not_depend_on_the_batch_or_on_what_was_drawn_before(
+    sd: Callable[..., Any], method: Any, which: dict[str, Any]
+) -> None:
+    target = method(sd(**which), TASK)
+    together = draw(target)
+    assert torch.equal(together, draw(target))  # a sampling starts without momentum
+    alone = torch.cat([draw(target, [p], [s]) for p, s in zip(PROMPTS, SEEDS, strict=True)])
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert torch.allclose(together, draw(target, batch=2), atol=1e-4)
+
+
+def test_what_to_steer_away_from(sd: Callable[..., Any]) -> None:
+    said = Task(name="t", concepts=("x",), prompts=("zq", "ink"))
+    for cls, name in ((SLD, "unsafe"), (NegativePrompt, "negative")):
+        one, two, other = (m(sd(), said) for m in (cls(), cls(**{name: "zq, ink"}), cls(**{name: "ink"})))
+        how = {"steps": 12}
+        assert torch.equal(draw(one, **how), draw(two, **how))
+        assert not torch.equal(draw(one, **how), draw(other, **how))
+    assert len(set(I2P.split(", "))) == 20
+
+
+def test_a_text_that_is_cut_off_is_said(sd: Callable[..., Any]) -> None:
+    rows: list[dict[str, float]] = []
+    target = SLD(unsafe="abc")(sd(), TASK, log=rows.append)
+    assert rows == [{"tokens": 3.0}]  # the tiny tokenizer reads letters
+    assert not target.warnings
+    target = SLD(unsafe=I2P)(sd(), TASK, log=rows.append)
+    assert rows[-1] == {"tokens": 22.0}
+    assert "fewer concepts" in target.warnings[0]
+
+
+@pytest.mark.parametrize("field", ["scale", "warmup", "momentum", "beta"])
+def test_impossible_settings_are_refused(field: str) -> None:
+    with pytest.raises(UsageError, match="at least 0"):
+        SLD(**{field: -1})
+
+
+# --- guide and weights -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_are_edited_without_the_guide(sd: Callable[..., Any], method: Any) -> None:
+    bare, guarded = sd(), method(sd(), TASK)
+    seen: list[Any] = []
+    eps = type(guarded).eps
+
+    def look(self: Any, *parts: Any) -> Tensor:
+        seen.append(self.guide)
+        return eps(self, *parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(guarded), "eps", look)
+        ESD_QUICK(guarded, TASK, seed=1)
+    ESD_QUICK(bare, TASK, seed=1)
+    assert seen and not any(seen)
+    assert all(torch.equal(p, guarded.named()[n]) for n, p in bare.named().items())
+    assert guarded.guide and not bare.guide  # it is back
+    assert not torch.equal(draw(guarded), draw(bare))
+
+
+def test_the_guide_is_back_after_a_failure(sd: Callable[..., Any]) -> None:
+    target = STRONG(sd(), TASK)
+    guide = target.guide
+    with pytest.raises(UsageError, match="no weight"):
+        ESD(params="nothing")(target, TASK)
+    assert target.guide is guide
+
+
+def test_a_second_guide_is_refused(sd: Callable[..., Any]) -> None:
+    target = STRONG(sd(), TASK)
+    with pytest.raises(UsageError, match="already has a guide"):
+        NegativePrompt()(target, TASK)
+
+
+def test_they_are_for_text_to_image() -> None:
+    with pytest.raises(UsageError, match="needs a TextToImage"):
+        STRONG(DDPM.tiny(), TASK)
+
+
+def test_class_conditional_pictures_are_drawn_with_a_guide_too() -> None:
+    from functools import partial
+
+    from unlearners.diffusion import guided
+
+    target, told = DDPM.tiny(), []
+
+    def guide(model: Any) -> Any:
+        told.append(model)
+        return partial(guided, model)
+
+    plain = target.sample(["a"], [1], steps=2)
+    target.guide = guide
+    assert torch.equal(target.sample(["a"], [1], steps=2), plain)
+    assert told == [target]
+
+
+# --- run folders -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_folder_carries_the_guide_and_no_weights(tmp_path: Path, sd: Callable[..., Any], method: Any) -> None:
+    folder = erase(method, "tiny", TASK, runs=tmp_path)
+    record = read_run(folder)
+    name = record["run"]["method"]["name"]
+    assert record["guide"] == name
+    assert record["weights"] == {
+        "file": "weights.safetensors", "sha256": "", "bytes": 0, "tensors": 0, "changed": [], "outside": 0,
+    }  # fmt: skip
+    assert not (folder / "weights.safetensors").exists()
+    again, direct = targets.load(str(folder)), method(sd(), TASK)
+    assert torch.equal(draw(again), draw(direct))
+    assert not torch.equal(draw(again), draw(targets.load("tiny")))
+    assert flags(folder) == [f"The method {name} acts at generation time and is bypassed by whoever holds the weights."]
+    with pytest.raises(UsageError, match="nothing to export"):
+        export("diffusers", folder)
+    with pytest.raises(RefusedError, match="give the folder as the target"):
+        erase(ESD_QUICK, "tiny", TASK, runs=tmp_path, patches=[str(folder)])
+    with pytest.raises(UsageError, match="already has a guide"):
+        erase(STRONG, str(folder), Task(name="other", concepts=("b",)), runs=tmp_path)
+
+
+def test_runs_on_top_and_below(tmp_path: Path) -> None:
+    """Weights edited on a guarded model are those edited on the bare one, and the guide acts on them; so in the other order."""
+    guarded = erase(STRONG, "tiny", TASK, runs=tmp_path)
+    above = erase(ESD_QUICK, str(guarded), TASK, runs=tmp_path)
+    bare = erase(ESD_QUICK, "tiny", TASK, runs=tmp_path)
+    below = erase(STRONG, str(bare), TASK, runs=tmp_path)
+    assert (above / "weights.safetensors").is_file() and not (below / "weights.safetensors").exists()
+    models = {f: targets.load(str(f)) for f in (guarded, above, bare, below)}
+    pictures = {f: draw(m) for f, m in models.items()}
+    assert torch.equal(pictures[above], pictures[below])
+    assert not any(torch.equal(pictures[above], pictures[f]) for f in (guarded, bare))
+    assert models[bare].guide is None
+    assert read_run(above)["guide"] == "sld" and read_run(bare)["guide"] == ""
+    assert len(flags(above)) == 1 and "bypassed" in flags(above)[0]
+    originals = [_original_folder(f, read_run(f)) for f in (guarded, above, bare, below)]
+    assert originals[0] == originals[2] and len(set(originals)) == 3  # bare; guarded; ESD's
+
+
+def test_a_guide_reads_its_text_with_the_weights_it_acts_on(sd: Callable[..., Any], tmp_path: Path) -> None:
+    edit = ESD(params="text_encoder", steps=1, sampler_steps=2, lr=1e-2)
+    above = erase(edit, str(erase(NegativePrompt(), "tiny", TASK, runs=tmp_path)), TASK, runs=tmp_path)
+    here = NegativePrompt()(sd(), TASK)
+    edit(here, TASK, seed=0)
+    assert torch.equal(draw(targets.load(str(above))), draw(here))
+
+
+def test_an_older_record_has_no_guide(tmp_path: Path) -> None:
+    folder = erase(ESD_QUICK, "tiny", TASK, runs=tmp_path)
+    record = read_run(folder)
+    del record["guide"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert targets.load(str(folder)).guide is None
+    assert flags(folder) == []
+
+
+def test_attacks_are_judged_by_guarded_pictures(sd: Callable[..., Any]) -> None:
+    from unlearners.base import Item
+
+    target, plain = STRONG(sd(), TASK), sd()
+    for model in (target, plain):
+        model.sampler = {"steps": 5, "guidance": 3.0}
+    wanted = draw(target, ["a zq sky"], [1])
+    shown = FakeJudge(lambda x: [torch.equal(p, wanted[0]) for p in x])
+    items = [Item(prompt="a zq sky", seed=1)]
+    assert [RandomTokens(tries=1)(m, TASK, shown, items)[0].before for m in (target, plain)] == [True, False]
