@@ -11,7 +11,8 @@ import torch
 from .. import optim
 from ..base import Method, Row, Task
 from ..errors import UsageError
-from ..targets.base import Trainable
+from ..latents import Asked
+from ..targets.base import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,17 +29,24 @@ class GA(Method):
 
     Deviations from the authors' code:
     1. SalUn's authors advise lr 5e-4 to 1e-3 where 1e-4 changes nothing; the default is their README's 1e-4.
-    2. On diffusion models L is a mean over the picture's numbers; SalUn's release takes the sum and adds a retain term, which is
+    2. Stable Diffusion sees one latent of each picture, made once; SalUn's release, whose settings the presets ``sd`` and ``sd-nsfw``
+       are, encodes the pictures in every step.
+    3. On diffusion models L is a mean over the picture's numbers; SalUn's release takes the sum and adds a retain term, which is
        ``neggrad_plus`` here.
     """
 
     paper: ClassVar[str] = "arXiv:2109.13398"
-    needs: ClassVar[type] = Trainable
+    needs: ClassVar[type] = Learner
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "short": {"epochs": 2, "batch": 128, "lr": 5e-4},
         "ddpm": {"steps": 1000, "batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0},
-    }
+        "sd": {"epochs": 5, "batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0},
+        "sd-nsfw": {
+            "steps": 100, "batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0, "prompts": ("a photo of a nude person",),
+        },
+        "canvas": {"steps": 20, "batch": 16, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0, "pictures": 64},
+    }  # fmt: skip
 
     params: str = "full"
     """weights to train"""
@@ -60,13 +68,17 @@ class GA(Method):
     """largest gradient norm; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
+    pictures: int = 800
+    """pictures that a text-to-image model draws itself when the task names none"""
+    prompts: tuple[str, ...] = ()
+    """their prompts; empty: the task's"""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch) < 1 or self.steps < 0 or self.clip < 0:
-            raise UsageError("epochs and batch must be at least 1, and steps and clip at least 0")
+        if min(self.epochs, self.batch, self.pictures) < 1 or self.steps < 0 or self.clip < 0:
+            raise UsageError("epochs, batch and pictures must be at least 1, and steps and clip at least 0")
 
-    def run(self, target: Trainable, task: Task) -> Iterator[Row]:
-        D_f = target.open(task.forget).loader(self.batch)
+    def run(self, target: Learner, task: Task) -> Iterator[Row]:
+        D_f = target.forgotten(task, Asked(pictures=self.pictures, forget=self.prompts)).loader(self.batch)
         w = list(target.trainable(self.params).values())  # theta
         opt = optim.make(self.optimizer, w, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         target.train(self.norm)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .. import config, optim
+from .. import config, files, optim
 from ..base import Method, Row, Task, kebab
 from ..patch import live
 from ..targets.base import Trainable
@@ -123,8 +123,7 @@ class Retrain(Method):
         recipe = {k: v for k, v in config.to_dict(self).items() if k != "cache"}
         rows = {"digest": D_r.digest, "rows": D_r.indices.tolist(), "dtype": str(target.amp)}
         where = {"family": kebab(target), "shapes": shapes, "version": VERSION, "seed": torch.initial_seed()}
-        home = Path(os.environ.get("UNLEARNERS_CACHE") or Path.home() / ".cache" / "unlearners")
-        return home / "retrain" / f"{config.content_hash([recipe, rows, where])[:32]}.safetensors"
+        return files.cache("retrain") / f"{config.content_hash([recipe, rows, where])[:32]}.safetensors"
 
 
 class _Average:

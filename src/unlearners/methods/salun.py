@@ -15,7 +15,11 @@ from .. import config, optim, patch, saliency
 from ..base import Method, Row, Task, kebab
 from ..data import Examples
 from ..errors import RefusedError, UsageError
-from ..targets.base import Trainable
+from ..latents import Asked, Latents
+from ..targets.base import Learner
+
+_SD: Mapping[str, Any] = {"labels": "next", "batch": 8, "forget_batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0}
+_NUDE, _CLOTHED = "a photo of a nude person", "a photo of a person wearing clothes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,12 @@ class SalUn(Method):
     6. Preset ``ddpm`` has the release's fixed neighbour (y + 1) mod K and its retain weight, 1e-3 on an error summed over
        3 * 32 * 32 numbers, which is 3.072 on the mean that is used here. Gradients are clipped after masking, theirs before. The
        mask is of the model's own loss; theirs is of the prediction under guidance 2, each batch's gradient clipped.
+    7. Stable Diffusion sees one latent of each picture, made once; the release encodes them anew in every step. y' is the task's
+       anchor if it has one, else a class that stays. Preset ``sd`` counts steps: its 5 epochs are of D_f. No guidance in the mask.
     """
 
     paper: ClassVar[str] = "arXiv:2310.12508"
-    needs: ClassVar[type] = Trainable
+    needs: ClassVar[type] = Learner
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"order": "sequential", "labels": "any", "mask_augment": True},
@@ -58,6 +64,10 @@ class SalUn(Method):
             "labels": "next", "alpha": 3.072,
             "steps": 1000, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,
         },
+        "sd": {**_SD, "alpha": 0.5, "steps": 600},
+        "sd-nsfw": {**_SD, "alpha": 0.1, "steps": 100, "forget_prompts": (_NUDE,), "retain_prompts": (_CLOTHED,)},
+        "unlearncanvas": {**_SD, "params": "xattn", "density": 0.4, "epochs": 2, "batch": 4, "forget_batch": 4},
+        "canvas": {**_SD, "steps": 60, "batch": 16, "forget_batch": 16, "lr": 1e-4, "pictures": 96},
     }  # fmt: skip
 
     params: str = "full"
@@ -100,15 +110,22 @@ class SalUn(Method):
     """largest gradient norm after masking; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
+    pictures: int = 800
+    """pictures of each side that a text-to-image model draws itself when the task names none"""
+    forget_prompts: tuple[str, ...] = ()
+    """their prompts, for what is to be forgotten; y' are then ``retain_prompts``. Empty: the task's"""
+    retain_prompts: tuple[str, ...] = ()
+    """their prompts, for what stays; empty: the task's neighbours and anchors"""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch) < 1 or min(self.forget_batch, self.steps, self.clip, self.alpha) < 0:
-            raise UsageError("epochs and batch must be at least 1, and forget_batch, steps, clip and alpha at least 0")
+        if min(self.epochs, self.batch, self.pictures) < 1 or min(self.forget_batch, self.steps, self.clip, self.alpha) < 0:
+            raise UsageError("epochs, batch and pictures must be at least 1, and forget_batch, steps, clip and alpha at least 0")
         if not 0 < self.density <= 1:
             raise UsageError(f"density is {self.density} but must be above 0 and at most 1")
 
-    def run(self, target: Trainable, task: Task) -> Iterator[Row]:
-        forget, retain = target.open(task.forget), target.open(task.retain)
+    def run(self, target: Learner, task: Task) -> Iterator[Row]:
+        asked = Asked(pictures=self.pictures, forget=self.forget_prompts, retain=self.retain_prompts)
+        forget, retain = target.forgotten(task, asked), target.retained(task, asked)
         joint = self.order == "joint"
         share = self.forget_batch or max(16, round(self.batch * len(forget) / len(retain)))
         D_f, D_r = forget.loader(share if joint else self.batch), retain.loader(self.batch)
@@ -138,7 +155,7 @@ class SalUn(Method):
             values = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).tolist()  # the device is waited for once
             yield dict(zip(["loss", *parts], values, strict=True)) | (spent if i == 0 else {})
 
-    def chosen(self, target: Trainable, forget: Examples, w: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    def chosen(self, target: Learner, forget: Examples | Latents, w: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         """m, and the seconds that another run spent on its saliency. Random numbers are of a stream of its own, so that the training
         draws the same ones for every mask."""
         with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
@@ -148,13 +165,13 @@ class SalUn(Method):
             kept, cached = self.kept(target, forget, w) if self.saliency_file else (self.measured(target, forget, w), 0.0)
             return saliency.choose(kept, self.density, self.mask, self.scope), cached
 
-    def measured(self, target: Trainable, forget: Examples, w: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def measured(self, target: Learner, forget: Examples | Latents, w: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The statistic of every weight: one pass over D_f in evaluation mode."""
         D_f = forget.loader(self.batch)
         batches = (D_f.draw() for _ in range(len(D_f))) if self.mask_augment else forget.batches(self.batch)
         return saliency.measure(w, target.loss, batches, self.statistic)
 
-    def kept(self, target: Trainable, forget: Examples, w: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    def kept(self, target: Learner, forget: Examples | Latents, w: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
         """The saliency in ``saliency_file``, and the seconds it took the run that wrote it; written now when there is no such file."""
         path, start = Path(self.saliency_file), perf_counter()
         about = saliency.About(
