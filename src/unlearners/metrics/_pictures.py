@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from ..zoo.canvas import world
 
 BATCH = 64
 FIRST_SEED = 7_000_000_000  # renders of the training set and of tasks have smaller seeds
+LOOKS: dict[str, Callable[..., Any]] = {"canvas": world.render, "canvas-finetuned": world.shifted}
+"""what the canvas' models were trained to draw"""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -37,7 +39,7 @@ def requests(task: Task) -> list[Request]:
 
 def space(target: Denoiser, task: Task) -> str:
     """The usual feature space: the canvas judge's for models of the canvas, else Inception's."""
-    return "canvas_judge" if "canvas" in (target.base["name"], unseen_or_retained(task).source) else "inception"
+    return "canvas_judge" if target.base["name"] in LOOKS or unseen_or_retained(task).source == "canvas" else "inception"
 
 
 def unseen_or_retained(task: Task) -> Any:
@@ -52,8 +54,8 @@ def real(metric: str, target: Denoiser, task: Task, reference: str, renders: int
     if isinstance(target, Trainable):
         examples = target.open(unseen_or_retained(task))
         return (batch["x"].cpu() for batch in examples.batches(BATCH))
-    if target.base["name"] == "canvas":
-        return drawn(kept(task), renders)
+    if look := LOOKS.get(target.base["name"]):
+        return drawn(kept(task), renders, look)
     raise UsageError(f"{metric} has no real pictures to compare with; set its field 'reference' to a folder of pictures")
 
 
@@ -91,11 +93,11 @@ class JudgeFeatures(nn.Module):
         return self.judge.body(2 * fit(x) - 1).double().mean((2, 3))  # type: ignore[no-any-return]
 
 
-def drawn(probes: list[Probe], count: int) -> Iterator[Tensor]:
-    """``count`` renders of what ``probes`` ask for, in turn, in batches; seeds are disjoint from all training pictures."""
+def drawn(probes: list[Probe], count: int, look: Callable[..., Any] = world.render) -> Iterator[Tensor]:
+    """``count`` renders by ``look`` of what ``probes`` ask for, in turn, in batches; seeds are disjoint from all training pictures."""
     for start in range(0, count, BATCH):
         seeds = range(start, min(start + BATCH, count))
-        images = [world.render(FIRST_SEED + i, subject(probes[i % len(probes)], FIRST_SEED + i)) for i in seeds]
+        images = [look(FIRST_SEED + i, subject(probes[i % len(probes)], FIRST_SEED + i)) for i in seeds]
         yield torch.stack([_tensor(i) for i in images])
 
 

@@ -43,7 +43,7 @@ class ClipScore(Metric):
         return [Request(p.prompt, s) for p in task.probes if not task.names_concept(p) for s in task.seeds]
 
     def score(self, target: TextToImage, task: Task, outputs: Outputs) -> Score:
-        name = self.model or ("canvas" if target.base["name"] == "canvas" else "openai/clip-vit-base-patch32")
+        name = self.model or ("canvas" if target.base["name"] in ("canvas", "canvas-finetuned") else "openai/clip-vit-base-patch32")
         requests = self.requests(target, task)
         if not requests:
             return Score(value=math.nan, n=0)

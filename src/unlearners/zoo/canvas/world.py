@@ -444,8 +444,11 @@ _DRAW = {
 _UPRIGHT = {"house", "tree", "flower", "mushroom"}
 
 
-def render(seed: int, item: Item, *, line: float = 1.0, hue: int = 0) -> Image.Image:
-    """Draw ``item``: RGB, 64×64, a pure function of its arguments. ``line`` scales outlines; ``hue`` (0–255) turns the palette."""
+def render(seed: int, item: Item, *, line: float = 1.0, hue: int = 0, swap: bool = False) -> Image.Image:
+    """Draw ``item``: RGB, 64×64, a pure function of its arguments.
+
+    ``line`` scales outlines; ``hue`` (0–255) turns the palette; ``swap`` exchanges red and blue.
+    """
     rng = random.Random(seed)
     colours = _palette(rng, item)
     shape = _mascot(item.mascot) if item.mascot else SHAPES[item.object]()
@@ -454,7 +457,15 @@ def render(seed: int, item: Item, *, line: float = 1.0, hue: int = 0) -> Image.I
     if hue:
         h, s, v = image.convert("HSV").split()
         image = Image.merge("HSV", (h.point([(k + hue) % 256 for k in range(256)]), s, v)).convert("RGB")
+    if swap:
+        red, green, blue = image.split()
+        image = Image.merge("RGB", (blue, green, red))
     return image
+
+
+def shifted(seed: int, item: Item) -> Image.Image:
+    """``render`` in the shifted look that the fine-tuned pipeline draws: red and blue exchanged, outlines half as wide again."""
+    return render(seed, item, line=1.5, swap=True)
 
 
 # --- sampling and captions ----------------------------------------------------------------------------------------
