@@ -41,6 +41,10 @@ class Cell:
     """the tasks it is for; all when empty"""
     attacked: bool = True
     """for a method: whether the grid's attacks are run on it"""
+    target: str = ""
+    """for a method: another target than the grid's"""
+    of: str = ""
+    """for plug: the label of the method whose weights are put on, as trained for the same task and seed"""
     prompts: int = 0
     """for an attack: how many prompts; 0 takes all that name the concept once"""
 
@@ -109,6 +113,8 @@ class Grid:
     published: tuple[str, ...] = ()
     """tables of published.yaml, beside the grid, to compare with"""
     checks: tuple[Check, ...] = ()
+    claims: tuple[tables.Claim, ...] = ()
+    """what papers say of two methods; the tables say whether it holds here"""
 
     def __post_init__(self) -> None:
         if self.train and self.target:
@@ -165,7 +171,7 @@ def read(path: str | Path) -> Grid:
     for kind, parts in (("methods", spec.methods), ("attacks", spec.attacks)):
         for cell in parts:
             for values in points(cell):
-                _made(kind, cell, {**cell.fields, **values})
+                _made(kind, cell, {**cell.fields, **values, **({"patch": cell.of} if cell.of else {})})
     for metric in spec.metrics:
         registry.path("metrics", metric)
     seen = set()
@@ -173,6 +179,14 @@ def read(path: str | Path) -> Grid:
         if (task, label, seed) in seen:
             raise UsageError(f"two methods of grid {spec.name} are called '{label}' on {task}; give {cell.name} a 'label' of its own")
         seen.add((task, label, seed))
+    for cell in spec.methods:
+        if bool(cell.of) != (cell.name == "plug"):
+            raise UsageError(f"'of' of grid {spec.name} names what plug puts on; give it to plug, and to nothing else")
+        for task in cell.tasks or spec.tasks if cell.of else ():
+            if (task, cell.of, spec.seeds[0]) not in seen:
+                raise UsageError(
+                    f"plug of grid {spec.name} is of '{cell.of}', which is not run on {task}; give the label of a method that is"
+                )
     if spec.train:
         _recipe(spec.train)
         for name, wanted in named.items():
@@ -273,8 +287,8 @@ def _bench(
     done = do(plan.jobs(planned), lambda done: _write(folder / "results.csv", rows(done), COLUMNS))
     table = rows(done)
     _write(folder / "results.csv", table, COLUMNS)
-    order = list(dict.fromkeys(p.label for p in planned))
-    files = tables.write(folder, spec.name, table, order, compared, notes, plan.reference)
+    order = list(dict.fromkeys(name for p in planned for name in (_untouched(p.cell), p.label)))
+    files = tables.write(folder, spec.name, table, order, compared, notes, plan.reference, spec.claims)
     missed = [m for c in spec.checks if (m := _missed(c, table))] if check else []
     out = {"results": str(folder / "results.csv"), "tables": [str(f) for f in files], "rows": table, "errors": errors}
     return out | {"selected": str(folder / "selected.csv") if select else "", "failed": [*missed, *errors]}
@@ -311,10 +325,17 @@ class _Plan:
         return self.tasks[name]
 
     def method(self, p: Planned) -> Method:
-        return _made("methods", p.cell, p.fields)  # type: ignore[no-any-return]
+        given = {"patch": str(self.folder(self.source(p)))} if p.cell.of else {}
+        return _made("methods", p.cell, {**p.fields, **given})  # type: ignore[no-any-return]
 
-    def target(self, seed: int) -> str:
-        """What is unlearned: the grid's target, or the folder that this seed's original is trained into."""
+    def source(self, p: Planned) -> Planned:
+        """The run whose weights a plug puts on."""
+        return next(q for q in cells(self.spec) if (q.task, q.label, q.seed) == (p.task, p.cell.of, p.seed))
+
+    def target(self, seed: int, cell: Cell | None = None) -> str:
+        """What is unlearned: the cell's target, the grid's, or the folder that this seed's original is trained into."""
+        if cell and cell.target:
+            return absolute(cell.target)
         if not self.spec.train:
             return absolute(self.spec.target or "canvas")
         train = self.spec.train
@@ -325,7 +346,9 @@ class _Plan:
     def folder(self, p: Planned) -> Path:
         return (
             self.store
-            / Run(target=self.target(p.seed), task=self.task(p.task), method=self.method(p), seed=p.seed, dtype=self.spec.dtype).folder
+            / Run(
+                target=self.target(p.seed, p.cell), task=self.task(p.task), method=self.method(p), seed=p.seed, dtype=self.spec.dtype
+            ).folder
         )
 
     def train(self, seed: int) -> list[Job]:
@@ -342,10 +365,12 @@ class _Plan:
     def erase(self, p: Planned) -> Job:
         folder = self.folder(p)
         how = {
-            "method": self.method(p), "target": self.target(p.seed), "task": self.task(p.task), "out": folder, "seed": p.seed,
+            "method": self.method(p), "target": self.target(p.seed, p.cell), "task": self.task(p.task), "out": folder, "seed": p.seed,
             "dtype": self.spec.dtype, "device": self.spec.device,
         }  # fmt: skip
         needs = tuple(j.key for j in self.train(p.seed))
+        if p.cell.of:
+            needs = (*needs, f"erase {self.folder(self.source(p)).name}")
         return Job(key=f"erase {folder.name}", kind="erase", task=p.task, method=p.label, seed=p.seed, do=_erase, how=how, needs=needs)
 
     def score(self, p: Planned) -> Job:
@@ -357,10 +382,16 @@ class _Plan:
         attacks = [
             (_made("attacks", a, a.fields), a.prompts) for a in spec.attacks if p.cell.attacked and (not a.tasks or p.task in a.tasks)
         ]
-        common = {"target": self.label, "task": p.task, "method": p.label, "seed": p.seed, "preset": p.cell.preset or "paper"}
+        common = {
+            "target": p.cell.target or self.label,
+            "task": p.task,
+            "method": p.label,
+            "seed": p.seed,
+            "preset": p.cell.preset or "paper",
+        }
         how = {
             "folder": self.folder(p), "attacks": attacks, "metrics": spec.metrics, "seeds": task.seeds[: spec.image_seeds or None],
-            "references": [self.folder(r) for r in others], "device": spec.device, "common": common,
+            "references": [self.folder(r) for r in others], "device": spec.device, "common": common, "untouched": _untouched(p.cell),
         }  # fmt: skip
         name = self.folder(p).name
         return Job(
@@ -437,6 +468,11 @@ def _label(cell: Cell) -> str:
     return cell.label or cell.name
 
 
+def _untouched(cell: Cell) -> str:
+    """What the row of the model without the method is called."""
+    return f"original {cell.target}" if cell.target else "original"
+
+
 def _plain(metric: str) -> str:
     """The registered name: ``rmia`` of ``rmia/auc``."""
     return metric.partition("/")[0]
@@ -476,6 +512,7 @@ def _score(
     references: Sequence[Path],
     device: str,
     common: Mapping[str, Any],
+    untouched: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Attack and evaluate a finished run; its rows of the table."""
@@ -492,7 +529,7 @@ def _score(
         score = {k: row[k] for k in ("value", "n", "low", "high")}
         out.append({**shared, "metric": row["metric"], **score})
         if row["before"]:
-            out.append({**shared, "method": "original", "metric": row["metric"], **row["before"], "preset": ""})
+            out.append({**shared, "method": untouched, "metric": row["metric"], **row["before"], "preset": ""})
     return out
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import config
+from .base import rate
 from .errors import UsageError, unknown
 from .files import write_text
 
 Row = Mapping[str, Any]
-HIDDEN = ("cost/peak_memory", "cost/patch_bytes", "cost/cached_seconds")
-NAMES = {"avg_gap": "Avg. Gap", "cost/seconds": "RTE (min)"}
+HIDDEN = ("cost/cached_seconds",)
+NAMES = {"avg_gap": "Avg. Gap", "cost/seconds": "RTE (min)", "cost/peak_memory": "peak (GB)", "cost/patch_bytes": "patch (MB)"}
+SCALES = {"cost/seconds": 1 / 60, "cost/peak_memory": 1e-9, "cost/patch_bytes": 1e-6}
+DRAWN = ("ua", "ira", "cra", "pre_asr", "asr")  # shares of pictures, which are pooled over seeds
 MINUTES = "rte_minutes"  # what published.yaml calls cost/seconds
 COLLAPSE, UNCHANGED = 0.5, 0.2  # RA below this share of the reference's; UA within so many points of the original's
 ROUNDING = 0.005  # half of a published last digit
@@ -37,6 +40,23 @@ class Published:
     note: str = ""
     rows: Mapping[str, Mapping[str, float | tuple[float, float]]]
     """method → metric → mean, or [mean, standard deviation]; rte_minutes is the run time"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a paper says of two rows, to be held against the grid's own: method's ``metric`` is at most (or at least) ``factor`` times
+    that of ``than``, plus ``margin``; means over ``tasks`` and seeds."""
+
+    says: str
+    source: str
+    metric: str
+    method: str
+    than: str
+    holds: Literal["at most", "at least"] = "at most"
+    factor: float = 1.0
+    margin: float = 0.0
+    tasks: tuple[str, ...] = ()
+    """all when empty"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +91,7 @@ def write(
     compared: Sequence[Published],
     notes: Mapping[tuple[str, str], str],
     reference: str,
+    claims: Sequence[Claim] = (),
 ) -> list[Path]:
     """Write table.md, table.tex and table.html of a results table into ``folder``; returns their paths.
 
@@ -84,6 +105,8 @@ def write(
         beside: list[Published | None] = [p for p in compared if p.task in ("", task)]
         for paper in beside or [None]:
             made.append(sheet(task, mine, order, paper, here, reference))
+    if claims:
+        made.append(held(rows, claims))
     texts = {"table.md": markdown(name, made), "table.tex": latex(made)}
     texts["table.html"] = page(name, made)
     for file, text in texts.items():
@@ -94,9 +117,11 @@ def write(
 def sheet(task: str, rows: Sequence[Row], order: Sequence[str], paper: Published | None, notes: Mapping[str, str], reference: str) -> Sheet:
     """The rows of one task beside one published table."""
     values: dict[tuple[str, str], list[float]] = {}
+    counted: dict[tuple[str, str], int] = {}
     for r in rows:
         if r["value"] is not None:
             values.setdefault((r["method"], r["metric"]), []).append(float(r["value"]))
+            counted[r["method"], r["metric"]] = counted.get((r["method"], r["metric"]), 0) + int(r["n"])
     present = {r["method"] for r in rows}
     methods = [m for m in dict.fromkeys(["original", *order]) if m in present]
     metrics = [m for m in dict.fromkeys(r["metric"] for r in rows) if m not in HIDDEN]
@@ -111,12 +136,14 @@ def sheet(task: str, rows: Sequence[Row], order: Sequence[str], paper: Published
     for method in methods:
         line, outside = [method], []
         for metric in metrics:
-            scale = 1 / 60 if metric == "cost/seconds" else 1.0
+            scale = SCALES.get(metric, 1.0)
             mine = [scale * v for v in values.get((method, metric), [])]
             if known[metric]:
                 text, apart, far = compare(mine, known[metric].get(method), paper.trials if paper else 0)
                 line += [text, ours(mine), apart]
                 outside += [heading(metric)] if far and not metric.startswith("cost/") else []
+            elif metric.partition("/")[0] in DRAWN and mine:
+                line.append(pooled(_mean(mine), counted[method, metric]))
             else:
                 line.append(ours(mine))
         flags = [f"{', '.join(outside)} outside paper ± 2 se"] if outside else []
@@ -143,6 +170,33 @@ def ours(values: Sequence[float]) -> str:
     if not values:
         return "–"
     return f"{_mean(values):.2f}" + (f" ± {_spread(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else "")
+
+
+def pooled(percent: float, n: int) -> str:
+    """A share of ``n`` pictures with its 95 % Wilson interval."""
+    score = rate([i < round(percent * n / 100) for i in range(n)])
+    return f"{percent:.1f} [{score.low:.0f}, {score.high:.0f}]"
+
+
+def held(rows: Sequence[Row], claims: Sequence[Claim]) -> Sheet:
+    """Which claims hold here: both means, over the tasks that have both."""
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for r in rows:
+        if r["value"] is not None:
+            values.setdefault((r["task"], r["method"], r["metric"]), []).append(float(r["value"]))
+    body = []
+    for c in claims:
+        tasks = [t for t in dict.fromkeys(r["task"] for r in rows) if not c.tasks or t in c.tasks]
+        pairs = [(values.get((t, c.method, c.metric)), values.get((t, c.than, c.metric))) for t in tasks]
+        both = [(_mean(a), _mean(b)) for a, b in pairs if a and b]
+        mine, other = (_mean([p[i] for p in both]) for i in (0, 1))
+        limit = c.factor * other + c.margin
+        verdict = "not measured" if not both else "held" if (mine <= limit if c.holds == "at most" else mine >= limit) else "not held"
+        rule = f"{heading(c.metric)} of {c.method} {c.holds} " + (f"{c.factor:g} × " if c.factor != 1 else "") + f"that of {c.than}"
+        rule += f" {c.margin:+g}" if c.margin else ""
+        body.append([c.says, c.source, rule, *(f"{v:.1f}" if both else "–" for v in (mine, other)), str(len(both)), verdict])
+    columns = ["claim", "source", "measured as", "first", "second", "tasks", "here"]
+    return Sheet(title="Claims of the papers", groups=[("", len(columns))], columns=columns, rows=body)
 
 
 def compare(values: Sequence[float], theirs: tuple[float, float | None] | None, trials: int) -> tuple[str, str, bool]:

@@ -288,11 +288,33 @@ def test_compare() -> None:
     assert not compare([100.0], (100.0, 0.0), 10)[2]
 
 
+def test_shares_are_pooled_over_seeds_and_tables_say_which_claims_hold() -> None:
+    common = {"target": "canvas", "task": "t", "device": "cpu", "preset": "paper", "low": None, "high": None}
+    found = {"esd": ((40.0, 10), (60.0, 10)), "mine": ((20.0, 10), (20.0, 10))}
+    rows = [
+        {**common, "method": m, "seed": seed, "metric": "asr/x", "value": v, "n": n}
+        for m, pairs in found.items()
+        for seed, (v, n) in enumerate(pairs)
+    ]
+    shown = tables.sheet("t", rows, ["esd", "mine"], None, {}, "")
+    assert [r[:2] for r in shown.rows] == [["esd", "50.0 [30, 70]"], ["mine", "20.0 [8, 42]"]]  # Wilson, n = 20
+    claims = [
+        tables.Claim(says="half", source="paper", metric="asr/x", method="mine", than="esd", factor=0.5),
+        tables.Claim(says="a third", source="paper", metric="asr/x", method="mine", than="esd", factor=1 / 3),
+        tables.Claim(says="more", source="paper", metric="asr/x", method="esd", than="mine", holds="at least", margin=30),
+        tables.Claim(says="other", source="paper", metric="ira", method="esd", than="mine"),
+        tables.Claim(says="elsewhere", source="paper", metric="asr/x", method="esd", than="mine", tasks=("u",)),
+    ]
+    held = tables.held(rows, claims)
+    assert [r[-1] for r in held.rows] == ["held", "not held", "held", "not measured", "not measured"]
+    assert held.rows[0][2:5] == ["ASR x of mine at most 0.5 × that of esd", "20.0", "50.0"]
+
+
 def test_doubts() -> None:
     values = {("retrain", "ra"): [99.0, 99.0], ("original", "ua"): [1.0]}
     assert doubts("ga", {"ua": 80.0, "ra": 49.0}, values, "retrain") == ["RA collapsed"]
     assert doubts("ga", {"ua": 1.1, "ra": 50.0}, values, "retrain") == ["forget accuracy as before"]
-    assert doubts("original", {"ua": 1.0, "ra": 99.0}, values, "retrain") == []
+    assert doubts("original", {"ua": 1.0, "ra": 99.0}, values, "retrain") == doubts("retrain", {"ua": 1.0}, values, "retrain") == []
     assert doubts("esd", {"ira": 1.0}, {}, "") == []
 
 

@@ -268,6 +268,8 @@ def test_an_attack_is_asked_of_a_finished_run_with_prompts(tmp_path: Path, drawn
     drawn.clear()
     attack(ATTACK, folder, prompts=3)
     assert drawn == []
+    attack(ATTACK, folder, prompts=6)
+    assert [v["seed"] for v in json.loads(path.read_text())["verdicts"]] == [1, 1, 2, 2, 3, 3]  # beyond the task's seeds
     attack(replace(ATTACK, tries=1), folder, prompts=1)
     assert len(json.loads(path.read_text())["verdicts"]) == 1
 
@@ -379,6 +381,27 @@ def test_bench(grid: Path, tmp_path: Path, drawn: list[int], monkeypatch: pytest
     assert [e.partition(": ")[2] for e in again["errors"]] == ["CUDA out of memory"] * 2
     with (tmp_path / "results" / "results.csv").open() as f:
         assert list(csv.DictReader(f)) == table
+
+
+def test_a_grid_puts_an_erasure_into_another_model(grid: Path, tmp_path: Path, drawn: list[int]) -> None:
+    text = grid.read_text()
+    head, tail = text.index("methods:"), text.index("metrics:")
+    rows = "methods:\n  - {name: uce, fields: {erase_scale: 50}}\n  - {name: plug, label: plugged, target: TINY, of: uce}\n"
+    fine = StableDiffusion.tiny()
+    fine.pipe.save_pretrained(tmp_path / "fine")
+    grid.write_text(text[:head] + rows.replace("TINY", str(tmp_path / "fine")) + text[tail:])
+    out = bench(grid, runs=tmp_path / "runs", results=tmp_path / "results")
+    assert not out["errors"]
+    got = {(r["method"], r["target"]): r["value"] for r in out["rows"] if r["metric"] == "ua" and r["seed"] == 0}
+    where = str(tmp_path / "fine")
+    assert set(got) == {("uce", "tiny"), ("original", "tiny"), ("plugged", where), (f"original {where}", where)}
+    assert got["uce", "tiny"] == got["plugged", where]
+    assert f"original {where}" in (tmp_path / "results" / "table.md").read_text()
+    good = grid.read_text()
+    for wrong, said in (("of: uce", "of: nobody"), (", of: uce", "")):
+        grid.write_text(good.replace(wrong, said))
+        with pytest.raises(UsageError, match="plug"):
+            bench(grid, runs=tmp_path / "runs", results=tmp_path / "results")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ RUN = ("python", "bash", "console", "yaml")
 SHOWN = ("text", "toml", "bibtex")
 """languages of blocks that are not run"""
 STANDS_FOR = {
-    "sd14": "canvas", "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4"
+    "sd14": "canvas", "canvas-finetuned": "canvas",
+    "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4"
 }  # fmt: skip
 """a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
 CUT = {**cli.CUT, "renders": 64, "refresh": 2}
@@ -315,7 +316,9 @@ def test_links_of_readme_contributing_and_card_lead_somewhere() -> None:
 # --- tables and lists ---------------------------------------------------------------------------------------------
 def test_the_paper_index_names_every_paper() -> None:
     index = WRITTEN["docs/paper_index.md"].partition("## Used")[0]
-    rows = {m.group(1): m.group(0) for m in re.finditer(r"^\| \[?(arXiv:[\d.]+|control)\b.*$", index, re.MULTILINE)}
+    rows = {
+        m.group(1): m.group(0) for m in re.finditer(r"^\| \[?(arXiv:[\d.]+|control|https://[^\s\]]+)(?=[\s\]]).*$", index, re.MULTILINE)
+    }
     papers = [(registry.get(kind, name).paper, f"{kind}/{name}.md") for kind, name in THINGS]
     for paper, page in papers:
         assert not paper or (paper in rows and page in rows[paper]), f"docs/paper_index.md must list {paper} with {page}"

@@ -18,7 +18,8 @@ LAYERS = (
     {"errors"},
     {"registry", "config", "patch", "diffusion"},
     {"base"},
-    {"data", "files", "nets", "optim", "saliency"},
+    {"attention", "closed_form", "data", "files", "imports", "inversion", "latents", "ldm", "lora", "lora_files", "nets", "optim"}
+    | {"pool", "retain", "saliency"},
     {"session"},
     {"targets", "tasks", "judges"},
     {"attacks", "metrics"},
@@ -27,7 +28,7 @@ LAYERS = (
     {"run"},
     {"train"},
     {"workers", "board", "tables"},
-    {"bench", "report", "exports", "app", "cli", "demo", "flags", "plots", "testing"},
+    {"bench", "report", "exports", "app", "patches", "cli", "demo", "flags", "plots", "testing"},
 )
 SIBLINGS = {"targets", "tasks", "judges", "attacks", "metrics", "methods", "exports"}
 # Checks what the zoo ships by loading it as users do, so it stands above everything, though it lies beside the recipes.
@@ -171,7 +172,7 @@ def forbidden(path: Path, target: tuple[str, ...]) -> str:
     if part == "zoo":
         return "" if source in ZOO_USERS else f"only {', '.join(sorted(ZOO_USERS))} may use the zoo"
     if source == "zoo":
-        return "" if part == "errors" else "the zoo stands alone: it may use errors only"
+        return "" if part in ("errors", "patch") else "the zoo stands alone: it may use errors and patch only"
     if part == source and source in SIBLINGS:
         own = target[1] if len(target) > 1 else "__init__"
         shared = own == "base" or own.startswith("_")

@@ -20,8 +20,9 @@ def probes() -> tuple[Probe, ...]:
 
 
 def mascots() -> tuple[Probe, ...]:
-    """Every mascot."""
-    return tuple(Probe(prompt=official(Item(mascot=m)), truth={"identity": m}) for m in MASCOTS)
+    """Every mascot, asked for in four ways."""
+    forms = (official(Item(mascot="{m}")), "{m}", "a portrait of {m}", "{m} the mascot")
+    return tuple(Probe(prompt=f.format(m=m), truth={"identity": m}) for m in MASCOTS for f in forms)
 
 
 def weather() -> tuple[Probe, ...]:
