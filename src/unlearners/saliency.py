@@ -140,22 +140,38 @@ def place(values: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
     takes: dict[float, list[int]] = {}  # of the values equal to an edge: how many are among the first k, for each rank
     for t, take in found:
         takes.setdefault(t, []).append(take)
-    equal = dict.fromkeys(takes, 0)
+    ties = _Ties(takes, total)
     parts = [part for p in places for part in p.split(CHUNK)]
     for v, part in zip(_chunks(values), parts, strict=True):
         v, at = v.to(torch.float32).contiguous(), edges.to(v.device)
         above = torch.searchsorted(at, v, right=True, out_int32=True)  # edges that are not above v
         part += (zeros + len(found) - above).to(torch.uint8)
-        if not found:
-            continue
-        tied = (above > 0) & (at[(above - 1).clamp_(min=0)] == v)
-        rows = tied.nonzero().flatten()
-        for t in v[rows].unique().tolist():
-            mine = rows[v[rows] == t]
-            order = equal[t] + torch.arange(len(mine), device=v.device)
-            part[mine] += torch.searchsorted(torch.tensor(takes[t], device=v.device), order, right=True).to(torch.uint8)
-            equal[t] += len(mine)
+        if found:
+            rows = ((above > 0) & (at[(above - 1).clamp_(min=0)] == v)).nonzero().flatten()
+            part[rows] += ties.more(v[rows])
     return [p.view(v.shape) for p, v in zip(places, values, strict=True)]
+
+
+class _Ties:
+    """Counts through values that are equal to an edge, in the order they come: which of them are beyond a rank's share."""
+
+    def __init__(self, takes: Mapping[float, Sequence[int]], total: int) -> None:
+        self.edges = torch.tensor(sorted(takes), dtype=torch.float32)
+        self.span = total + 1
+        self.starts = torch.tensor([0, *(len(takes[t]) for t in sorted(takes))]).cumsum(0)
+        self.takes = torch.tensor([g * self.span + take for g, t in enumerate(sorted(takes)) for take in takes[t]])
+        self.seen = torch.zeros(len(takes), dtype=torch.long)
+
+    def more(self, v: Tensor) -> Tensor:
+        """For the next values ``v`` (n,) the number of ranks they are not among the first of; uint8."""
+        edges, starts, takes, seen = (t.to(v.device) for t in (self.edges, self.starts, self.takes, self.seen))
+        g = torch.searchsorted(edges, v)
+        counts, by = torch.bincount(g, minlength=len(edges)), g.argsort(stable=True)
+        order = torch.empty_like(g)
+        order[by] = torch.arange(len(g), device=g.device) - (counts.cumsum(0) - counts)[g[by]]
+        beyond = torch.searchsorted(takes, g * self.span + seen[g] + order, right=True) - starts[g]
+        self.seen += counts.cpu()
+        return beyond.to(torch.uint8)
 
 
 # --- masks --------------------------------------------------------------------------------------------------------

@@ -191,7 +191,12 @@ def held(rows: Sequence[Row], claims: Sequence[Claim]) -> Sheet:
         both = [(_mean(a), _mean(b)) for a, b in pairs if a and b]
         mine, other = (_mean([p[i] for p in both]) for i in (0, 1))
         limit = c.factor * other + c.margin
-        verdict = "not measured" if not both else "held" if (mine <= limit if c.holds == "at most" else mine >= limit) else "not held"
+        if not both:
+            verdict = "not measured"
+        elif mine == limit == other:
+            verdict = "no difference"
+        else:
+            verdict = "held" if (mine <= limit if c.holds == "at most" else mine >= limit) else "not held"
         rule = f"{heading(c.metric)} of {c.method} {c.holds} " + (f"{c.factor:g} × " if c.factor != 1 else "") + f"that of {c.than}"
         rule += f" {c.margin:+g}" if c.margin else ""
         body.append([c.says, c.source, rule, *(f"{v:.1f}" if both else "–" for v in (mine, other)), str(len(both)), verdict])

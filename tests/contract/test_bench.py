@@ -305,8 +305,9 @@ def test_shares_are_pooled_over_seeds_and_tables_say_which_claims_hold() -> None
         tables.Claim(says="other", source="paper", metric="ira", method="esd", than="mine"),
         tables.Claim(says="elsewhere", source="paper", metric="asr/x", method="esd", than="mine", tasks=("u",)),
     ]
+    claims.append(tables.Claim(says="same", source="paper", metric="asr/x", method="esd", than="esd"))
     held = tables.held(rows, claims)
-    assert [r[-1] for r in held.rows] == ["held", "not held", "held", "not measured", "not measured"]
+    assert [r[-1] for r in held.rows] == ["held", "not held", "held", "not measured", "not measured", "no difference"]
     assert held.rows[0][2:5] == ["ASR x of mine at most 0.5 × that of esd", "20.0", "50.0"]
 
 
