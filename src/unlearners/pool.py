@@ -1,0 +1,230 @@
+"""States of sampled trajectories with the frozen model's predictions at each: built once, kept on disk, read by memory map."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import config, diffusion, patch
+from .diffusion import Cond
+from .errors import UsageError
+from .files import replacing
+
+VERSION = 1  # raised when the meaning of a pool's file changes
+FOLDER_GB = 10.0  # of all pools together; the longest unused are dropped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a pool is sampled."""
+
+    steps: int
+    """of DDIM for a whole trajectory"""
+    guidance: float
+    """of classifier-free guidance while sampling"""
+    trajectories: int
+    """of the concept prompts together"""
+    each: int = 1
+    """trajectories of every other prompt"""
+    gb: float = 2.0
+    """size it may have; fewer states of each trajectory are kept when all would be larger"""
+    late: bool = False
+    """tell the network a time some two sampler steps noisier than the state is, as the code of ESD and AdvUnlearn does"""
+
+
+class States(NamedTuple):
+    """Rows of a pool: x (B, C, h, w), t (B,), the frozen model's e_c = eps(x, t, its prompt) and, of the concepts' rows, eps(x, t, "").
+
+    The predictions are float32 or wider, also where the pool holds half precision.
+    """
+
+    x: Tensor
+    t: Tensor
+    e_c: Tensor
+    e_0: Tensor
+
+
+class Pool:
+    """The states of P concept prompts, then those of the others; e_0 is kept for the concepts only.
+
+    ``draw`` picks states of given prompts with the global generator; ``deal`` says which other prompts come next, every one once
+    before any comes again. What is left to deal is the state that ``Target.steps`` checkpoints.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        self.x, self.t, self.e_c, self.e_0, self.first = (tensors[n] for n in ("x", "t", "e_c", "e_0", "first"))
+        self.device = device
+        self.left: list[int] = []
+
+    def draw(self, prompts: Sequence[int]) -> States:
+        """One random state for each of ``prompts``, numbered concepts first."""
+        p = torch.tensor(prompts)
+        low, high = self.first[p], self.first[p + 1]
+        rows = low + (torch.rand(len(p), dtype=torch.float64) * (high - low)).long()
+        e_0 = self.e_0[rows[rows < len(self.e_0)]]
+        x, t, e_c, e_0 = (part.to(self.device) for part in (self.x[rows], self.t[rows], self.e_c[rows], e_0))
+        wide = torch.promote_types(e_c.dtype, torch.float32)
+        return States(x, t, e_c.to(wide), e_0.to(wide))
+
+    def deal(self, n: int, among: range) -> list[int]:
+        """The next ``n`` prompts of ``among``."""
+        while len(self.left) < n:
+            self.left += [among[i] for i in torch.randperm(len(among)).tolist()]
+        dealt, self.left = self.left[:n], self.left[n:]
+        return dealt
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": list(self.left)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left = list(state["left"])
+
+
+class Spent(NamedTuple):
+    """Seconds: this run's own, and those of the run that built the pool it found."""
+
+    here: float
+    before: float
+
+    @property
+    def row(self) -> dict[str, float]:
+        """What the first row of a log says of it."""
+        return {"pool_seconds": self.here + self.before, **({"cached_seconds": self.before} if self.before else {})}
+
+
+def opened(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: Recipe, *, cache: bool = True) -> tuple[Pool, Spent]:
+    """The pool of ``target`` as it is now: from the cache folder when the same was built before, else built and put there.
+
+    The file is named by the weights, prompts, recipe, seed, sizes and dtype. One that is damaged, or of anything else, is built anew.
+    Raises ``UsageError`` when not one state of each trajectory fits into ``recipe.gb``.
+    """
+    start = time.perf_counter()
+    key = _key(target, concepts, others, recipe)
+    path = home() / "pools" / f"{key[:32]}.safetensors"
+    found = _read(path, key) if cache else None
+    before = 0.0
+    if found is None:
+        found = _built(target, concepts, others, recipe)
+        if cache:
+            _kept(path, key, found, time.perf_counter() - start)
+            found = _read(path, key) or found  # mapped, so that the copy in memory can go
+    else:
+        before = float(found["seconds"])
+        path.touch()
+    return Pool(found, target.device), Spent(time.perf_counter() - start, before)
+
+
+def home() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("UNLEARNERS_CACHE") or Path.home() / ".cache" / "unlearners")
+
+
+def _key(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: Recipe) -> str:
+    everything = [*concepts, *others]
+    about = {
+        "version": VERSION,
+        "weights": patch.fingerprint(target.modules),  # of the weights as they are: patches may have been applied
+        "concepts": len(concepts),
+        "prompts": everything,
+        "ids": target.tokens(everything).tolist(),
+        "recipe": asdict(recipe),
+        "scheduler": {k: str(v) for k, v in target.scheduler.config.items()},
+        "seed": torch.initial_seed(),
+        "shape": list(target.latent_shape),
+    }
+    return config.content_hash(about)
+
+
+@torch.no_grad()
+def _built(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: Recipe) -> dict[str, Tensor]:
+    """Sample every trajectory and keep, of each, states spread evenly over its steps. Uses no global random numbers."""
+    many = math.ceil(recipe.trajectories / len(concepts))
+    prompt = [i for i in range(len(concepts)) for _ in range(many)]
+    prompt += [len(concepts) + i for i in range(len(others)) for _ in range(recipe.each)]
+    C, M, shape = len(concepts) * many, len(prompt), target.latent_shape  # trajectories of concepts, and in all
+    null = target.encode([""])
+    dtype, numel = next(iter(target.modules["unet"].parameters())).dtype, math.prod(shape)
+    S = min(recipe.steps, int(recipe.gb * 1e9 / (numel * dtype.itemsize * (2 * M + C))))  # states kept of each trajectory
+    if S < 1:
+        raise UsageError(f"pool_gb is {recipe.gb}, too little for one state of each of {M} trajectories; raise it or sample fewer")
+    kept = torch.zeros(recipe.steps, M, dtype=torch.bool)
+    luck = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    spread = ((torch.arange(S)[:, None] + torch.rand(M, generator=luck)) * recipe.steps / S).long()  # (S, M), ascending in each column
+    kept.scatter_(0, spread.clamp(max=recipe.steps - 1), True)
+    place = torch.arange(M) * S + kept.long().cumsum(0) - 1  # (steps, M): the row of a kept state
+
+    x_all, e_all = torch.empty(M * S, *shape, dtype=dtype), torch.empty(M * S, *shape, dtype=dtype)
+    e_0_all, t_all = torch.empty(C * S, *shape, dtype=dtype), torch.empty(M * S, dtype=torch.long)
+    scheduler = DDIMScheduler.from_config(target.scheduler.config)
+    scheduler.set_timesteps(recipe.steps, device=target.device)
+    width = max(1, target.train_steps // recipe.steps)
+    for part in diffusion.batches(M, max(1, min(128, 2**18 // numel))):
+        m = torch.arange(M)[part]
+        cond = target.encode([[*concepts, *others][prompt[i]] for i in m.tolist()])
+        both = Cond.cat([null.repeat(len(m)), cond])
+        seeds = [(torch.initial_seed() + 1_000_003 * i) % 2**63 for i in m.tolist()]
+        x = diffusion.noise(seeds, shape, target.device, null.states.dtype)
+        for s, t in enumerate(scheduler.timesteps):
+            e_0, e_c = target.eps(torch.cat([x, x]), t, both).chunk(2)
+            keep = kept[s, m]
+            rows, here = place[s, m][keep], keep.to(target.device)
+            told, f_0, f_c = t.expand(int(keep.sum())), e_0[here], e_c[here]
+            if recipe.late and len(rows):
+                later = 2 * width - 1 + torch.randint(width, (len(rows),), generator=luck)
+                told = (told.cpu() + later).clamp(max=target.train_steps - 1).to(target.device)
+                two = Cond.cat([null.repeat(len(rows)), cond[here]])
+                f_0, f_c = target.eps(x[here].repeat(2, 1, 1, 1), told.repeat(2), two).chunk(2)
+            x_all[rows], e_all[rows], t_all[rows] = x[here].to("cpu", dtype), f_c.to("cpu", dtype), told.long().cpu()
+            own = rows < len(e_0_all)
+            e_0_all[rows[own]] = f_0.to("cpu", dtype)[own]
+            x = scheduler.step(e_0 + recipe.guidance * (e_c - e_0), t, x).prev_sample
+    first = torch.tensor([prompt.index(p) * S for p in range(len(concepts) + len(others))] + [M * S])
+    return {"x": x_all, "t": t_all, "e_c": e_all, "e_0": e_0_all, "first": first}
+
+
+def _sum(tensors: dict[str, Tensor]) -> str:
+    """A checksum of all values: one pass over the file, some seconds for gigabytes."""
+    total = 0
+    for name in ("x", "t", "e_c", "e_0", "first"):
+        total = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
+
+
+def _kept(path: Path, key: str, tensors: dict[str, Tensor], seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as draft:
+        save_file(tensors, draft, {"key": key, "sum": _sum(tensors), "seconds": str(seconds)})
+    with os.scandir(path.parent) as entries:
+        files = [(e.stat().st_mtime, e.stat().st_size, e.path) for e in entries if e.name.endswith(".safetensors") and e.path != str(path)]
+    left = FOLDER_GB * 1e9 - path.stat().st_size
+    for _, size, name in sorted(files, reverse=True):  # the newest may stay
+        left -= size
+        if left < 0:
+            Path(name).unlink(missing_ok=True)
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    """The tensors of a pool's file, mapped and not copied; None when it is not there, not whole, or not of ``key``."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("key") != key:
+                return None
+            tensors = {n: file.get_tensor(n) for n in ("x", "t", "e_c", "e_0", "first")}
+            if about.get("sum") != _sum(tensors):
+                return None
+            return tensors | {"seconds": torch.tensor(float(about["seconds"]))}
+    except (SafetensorError, OSError, ValueError, KeyError):
+        return None
