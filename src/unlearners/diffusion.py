@@ -158,6 +158,41 @@ class TrajectoryPool:
         self.x, self.t, self.prompt, self.age = state["x"], state["t"], state["prompt"], state["age"]
 
 
+def states(
+    target: Any,
+    pool: TrajectoryPool,
+    shown: Cond,
+    null: Cond,
+    *,
+    size: int,
+    refresh: int,
+    batch: int,
+    guidance: float,
+    steps: int,
+    first: int = 0,
+    scheduler: Any = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t (batch, 4, h, w) sampled by ``target``, its t (batch,), and which row of ``shown`` each is of.
+
+    Each call samples a partial trajectory of ``first`` to ``steps`` - 1 steps, of DDIM unless a ``scheduler`` is given. With ``size``
+    above 0 the states come from ``pool`` instead, that many whole trajectories, sampled anew after ``refresh`` calls.
+    """
+    from diffusers import DDIMScheduler
+
+    how = {"scheduler": scheduler or DDIMScheduler.from_config(target.scheduler.config), "guidance": guidance, "steps": steps}
+    if size:
+        if len(pool.t) == 0 or pool.age >= refresh:
+            # all prompts alike, or some of them until the pool is sampled anew
+            k = torch.randperm(max(size, len(shown)))[:size] % len(shown)
+            pool.fill(target, shown[k], null.repeat(size), k, **how)
+        return pool.draw(batch)
+    k = torch.randint(len(shown), (batch,))
+    stop = int(torch.randint(first, max(first + 1, steps), ()))
+    x = torch.randn(batch, *target.latent_shape).to(target.device, null.states.dtype)
+    t, x_t = denoise(target, x, shown[k], null.repeat(batch), stop=stop, **how)[-1]
+    return x_t, t.expand(batch), k
+
+
 def batches(n: int, size: int) -> Iterator[slice]:
     """Slices that cover ``range(n)``."""
     return (slice(i, min(i + size, n)) for i in range(0, n, size))

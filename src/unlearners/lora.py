@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Task
-from .diffusion import Cond, TrajectoryPool, denoise
+from .diffusion import Cond
 from .errors import UsageError
 
 
@@ -75,30 +75,6 @@ def neutrals(task: Task, kind: str) -> list[str]:
         return [""] * len(task.said)
     named = [next((i for i, c in enumerate(task.concepts) if c.lower() in said.lower()), 0) for said in task.said]
     return [task.anchor(i) for i in named]
-
-
-def states(
-    target: Any, pool: TrajectoryPool, shown: Cond, null: Cond, *, size: int, refresh: int, batch: int, guidance: float, steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t (batch, 4, h, w) sampled by the model in training, its t (batch,), and which row of ``shown`` each is of.
-
-    Each call samples a partial trajectory of 1 to ``steps`` - 1 DDIM steps. With ``size`` above 0 the states come from ``pool`` instead,
-    that many whole trajectories, sampled anew after ``refresh`` calls.
-    """
-    from diffusers import DDIMScheduler
-
-    scheduler = DDIMScheduler.from_config(target.scheduler.config)
-    if size:
-        if len(pool.t) == 0 or pool.age >= refresh:
-            # all prompts alike, or some of them until the pool is sampled anew
-            k = torch.randperm(max(size, len(shown)))[:size] % len(shown)
-            pool.fill(target, shown[k], null.repeat(size), k, scheduler=scheduler, steps=steps, guidance=guidance)
-        return pool.draw(batch)
-    k = torch.randint(len(shown), (batch,))
-    stop = int(torch.randint(1, max(2, steps), ()))
-    x = torch.randn(batch, *target.latent_shape).to(target.device, null.states.dtype)
-    t, x_t = denoise(target, x, shown[k], null.repeat(batch), scheduler=scheduler, steps=steps, guidance=guidance, stop=stop)[-1]
-    return x_t, t.expand(batch), k
 
 
 def each(target: Any, x_t: Tensor, t: Tensor, *conds: Cond) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import config, diffusion, patch
+from . import config, diffusion, files, patch
 from .diffusion import Cond
 from .errors import UsageError
 from .files import replacing
@@ -112,7 +112,7 @@ def opened(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: 
     """
     start = time.perf_counter()
     key = _key(target, concepts, others, recipe)
-    path = home() / "pools" / f"{key[:32]}.safetensors"
+    path = files.cache("pools") / f"{key[:32]}.safetensors"
     found = _read(path, key) if cache else None
     before = 0.0
     if found is None:
@@ -124,11 +124,6 @@ def opened(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: 
         before = float(found["seconds"])
         path.touch()
     return Pool(found, target.device), Spent(time.perf_counter() - start, before)
-
-
-def home() -> Path:
-    """The user's cache folder."""
-    return Path(os.environ.get("UNLEARNERS_CACHE") or Path.home() / ".cache" / "unlearners")
 
 
 def _key(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: Recipe) -> str:

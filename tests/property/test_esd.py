@@ -13,6 +13,7 @@ from torch import Tensor
 from unlearners.base import Task
 from unlearners.diffusion import Cond, TrajectoryPool
 from unlearners.errors import UsageError
+from unlearners.methods import esd
 from unlearners.methods.esd import ESD
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import from_concept
@@ -36,7 +37,7 @@ class Spy:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, sd: Callable[..., Any]) -> Callable[..., Spy]:
     """``run(**fields)``: a quick ESD on a tiny pipeline of its own, spied upon."""
-    mse, states = F.mse_loss, ESD.states
+    mse, states = F.mse_loss, esd.states
 
     def go(task: Task = TASK, *, model: Any = None, **fields: Any) -> Spy:
         spy = Spy()
@@ -46,14 +47,14 @@ def run(monkeypatch: pytest.MonkeyPatch, sd: Callable[..., Any]) -> Callable[...
             spy.goal.append(goal.clone())
             return mse(e, goal)
 
-        def see(self: ESD, *parts: Any) -> Any:
-            x, t, k = states(self, *parts)
+        def see(*parts: Any, **how: Any) -> Any:
+            x, t, k = states(*parts, **how)
             spy.x.append(x)
             spy.t.append(t)
             return x, t, k
 
         monkeypatch.setattr(F, "mse_loss", compare)
-        monkeypatch.setattr(ESD, "states", see)
+        monkeypatch.setattr(esd, "states", see)
         spy.target = model if model is not None else sd()
         ESD(**(QUICK | {"time": "grid"} | fields))(spy.target, task, seed=3, log=spy.rows.append)
         return spy

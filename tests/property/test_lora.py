@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unlearners import lora, patch, session
+from unlearners import diffusion, patch, session
 from unlearners.base import Method, Row, Task
 from unlearners.diffusion import Cond
 from unlearners.errors import UsageError
+from unlearners.methods import leco, spm
 from unlearners.methods.leco import LECO
 from unlearners.methods.spm import SPM, anchors
 from unlearners.run import erase
@@ -131,7 +132,7 @@ class Spy:
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    found, mse, states = Spy(), F.mse_loss, lora.states
+    found, mse, states = Spy(), F.mse_loss, diffusion.states
 
     def compare(e: Tensor, goal: Tensor) -> Tensor:
         found.pairs.append((e.detach().clone(), goal.clone()))
@@ -143,7 +144,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
         return x, t, k
 
     monkeypatch.setattr(F, "mse_loss", compare)
-    monkeypatch.setattr(lora, "states", see)
+    for method in (leco, spm):
+        monkeypatch.setattr(method, "states", see)
     return found
 
 

@@ -8,10 +8,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
 
 from ..base import Method, Row, Task
-from ..diffusion import TrajectoryPool, denoise
+from ..diffusion import TrajectoryPool, states
 from ..errors import UsageError
 from ..targets.base import Denoiser
 
@@ -86,6 +85,10 @@ class ESD(Method):
         with torch.no_grad():
             c, null, shown = old.encode(list(task.said)), old.encode([""]), old.encode(said)
         text_trains = any(n.startswith("text_encoder") for n in w)
+        how: dict[str, Any] = {
+            "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps,
+            "scheduler": target.scheduler if self.sampler == "pipeline" else None,
+        }  # fmt: skip
         pool, width = TrajectoryPool(), max(1, target.train_steps // self.sampler_steps)
 
         for _ in target.steps(self.steps, opt, pool):
@@ -93,7 +96,7 @@ class ESD(Method):
             if text_trains and model is target:
                 with torch.no_grad():
                     seen = target.encode(said)  # what the model in training makes of the prompts
-            x_t, t, k = self.states(model, pool, seen, null)  # (B, 4, h, w), (B,), (B,)
+            x_t, t, k = states(model, pool, seen, null, **how)  # (B, 4, h, w), (B,), (B,): x_t ~ p(. | c)
             if self.time == "bucket":
                 t = (t + torch.randint(width, t.shape).to(t.device)).clamp(max=target.train_steps - 1)
             with torch.no_grad():
@@ -108,20 +111,3 @@ class ESD(Method):
             loss.backward()
             opt.step()
             yield {"loss": loss.item(), "distance": ((e.detach() - e_from).norm() / e_from.norm()).item()}
-
-    def states(self, sampler: Denoiser, pool: TrajectoryPool, shown: Any, null: Any) -> Any:
-        """x_t ~ p(. | c), its t, and which prompt each row is of: from the pool, or by a fresh partial trajectory."""
-        scheduler = DDIMScheduler.from_config(sampler.scheduler.config) if self.sampler == "ddim" else sampler.scheduler
-        many = self.pool or self.batch
-        if not self.pool or len(pool.t) == 0 or pool.age >= self.refresh:
-            # a pool holds all prompts alike, or some of them until it is sampled anew
-            k = torch.randperm(max(many, len(shown)))[:many] % len(shown) if self.pool else torch.randint(len(shown), (many,))
-            how = {"scheduler": scheduler, "guidance": self.guidance, "steps": self.sampler_steps}
-            if self.pool:
-                pool.fill(sampler, shown[k], null.repeat(many), k, **how)
-            else:
-                stop = int(torch.randint(self.sampler_steps, ()))
-                x = torch.randn(many, *sampler.latent_shape).to(sampler.device, null.states.dtype)
-                t, x_t = denoise(sampler, x, shown[k], null.repeat(many), stop=stop, **how)[-1]
-                return x_t, t.expand(many), k
-        return pool.draw(self.batch)

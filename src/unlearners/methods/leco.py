@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import lora, optim
 from ..base import Method, Row, Task
-from ..diffusion import TrajectoryPool
+from ..diffusion import TrajectoryPool, states
 from ..errors import UsageError
 from ..targets.base import TextToImage
 
@@ -85,12 +85,15 @@ class LECO(Method):
             n = target.encode(lora.neutrals(task, self.neutral))
         sign = -1 if self.action == "erase" else 1
         pool = TrajectoryPool()
-        draw = {"size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps}
+        how: dict[str, Any] = {
+            "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps,
+            "first": 1,
+        }  # fmt: skip
 
         with lora.adapted(target, self.params, self.rank, self.alpha) as theta:
             opt = optim.make("adamw", theta.weights, lr=self.lr, weight_decay=self.weight_decay)
             for _ in target.steps(self.steps, opt, pool):
-                x_t, t, k = lora.states(target, pool, c, null, **draw)  # type: ignore[arg-type]  # (B, 4, h, w), (B,), (B,)
+                x_t, t, k = states(target, pool, c, null, **how)  # (B, 4, h, w), (B,), (B,)
                 with theta.off():
                     asked = [p[k], null.repeat(len(k)), *([n[k]] if self.neutral == "anchor" else [])]
                     e_p, e_0, *e_n = lora.each(target, x_t, t, *asked)  # (B, 4, h, w) each

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import lora, optim
 from ..base import Method, Row, Task
-from ..diffusion import Cond, TrajectoryPool
+from ..diffusion import Cond, TrajectoryPool, states
 from ..errors import UsageError
 from ..targets.base import TextToImage
 
@@ -95,14 +95,17 @@ class SPM(Method):
             c, null = target.encode(list(task.said)), target.encode([""])
             n = target.encode(lora.neutrals(task, self.neutral))
         pool = TrajectoryPool()
-        draw = {"size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps}
+        how: dict[str, Any] = {
+            "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps,
+            "first": 1,
+        }  # fmt: skip
         row = torch.arange(self.anchors) % self.batch  # the state at which each anchor is held
 
         with lora.adapted(target, self.params, self.rank, self.alpha) as theta:
             opt = optim.make("adamw", theta.weights, lr=self.lr, weight_decay=self.weight_decay)
             rate = restarts(opt, int(self.warmup * self.steps), self.steps, self.cycles)
             for _ in target.steps(self.steps, opt, rate, pool):
-                x_t, t, k = lora.states(target, pool, c, null, **draw)  # type: ignore[arg-type]  # (B, 4, h, w), (B,), (B,)
+                x_t, t, k = states(target, pool, c, null, **how)  # (B, 4, h, w), (B,), (B,)
                 a = anchors(c[k[row]])
                 x, s = torch.cat([x_t, x_t[row]]), torch.cat([t, t[row]])  # (B + M, 4, h, w), (B + M,)
                 with theta.off():
