@@ -72,7 +72,7 @@ def test_two_updates_are_the_papers(kind: Literal["model", "noise"], prior: floa
     task = Task(name="t", kind="identity", concepts=("zq",), anchors=("cat",))
     z = latents.drawn(target, ANCHORS, N).latent.double().clone()
     rows: list[dict[str, float]] = []
-    method = ConceptAblation(target=kind, steps=2, batch=B, lr=LR, weight_decay=DECAY, prior=prior, pictures=N, prompts=("a {}", "{} sky"))
+    method = ConceptAblation(variant=kind, steps=2, batch=B, lr=LR, weight_decay=DECAY, prior=prior, pictures=N, prompts=("a {}", "{} sky"))
     method(target, task, seed=SEED, log=rows.append)
     trained = [n for n, _ in copy.pipe.unet.named_parameters() if ".attn2.to_k." in n or ".attn2.to_v." in n]
     losses, weights = update(copy.pipe, z, trained, kind, prior)
