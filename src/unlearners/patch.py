@@ -227,18 +227,12 @@ def check(patch: Patch, modules: Modules, base: Mapping[str, str], *, force: boo
     _check(patch, live(modules), base, force)
 
 
-def read_foreign(path: str | Path, modules: Modules) -> dict[str, Tensor]:
-    """The weights of an erased checkpoint that others made, by hub key: safetensors, or a pickle of tensors alone.
+def fit(path: Path, given: Mapping[str, Tensor], modules: Modules) -> dict[str, Tensor]:
+    """The weights of an erased checkpoint that others made, ``given`` as they were in ``path``, by hub key.
 
     Understood are Diffusers names with or without "unet." before them, ``text_model.*`` of a CLIPTextModel, and AdvUnlearn's text
-    encoders, which hold every weight twice. Raises ``RefusedError`` if a tensor has no place or another shape in ``modules``, if
-    the file is damaged, or if opening it would run code.
+    encoders, which hold every weight twice. Raises ``RefusedError`` if a tensor has no place or another shape in ``modules``.
     """
-    return fit(Path(path), read_tensors(path), modules)
-
-
-def fit(path: Path, given: Mapping[str, Tensor], modules: Modules) -> dict[str, Tensor]:
-    """``read_foreign`` for the tensors that were in ``path``."""
     old = live(modules)
     given = {k: t for k, t in given.items() if not k.endswith("position_ids")}  # 0, 1, 2 …, which only old versions save
     if any(k.startswith("text_encoder.text_model.") for k in given):  # AdvUnlearn's wrapper: the bare names repeat the prefixed ones

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from unlearners import patch
+from unlearners import imports, patch
 from unlearners.errors import RefusedError, UnlearnError, UsageError
 
 Modules = dict[str, Any]
@@ -150,6 +150,11 @@ def test_a_real_pipeline_round_trips(sd: Callable[..., Any], tmp_path: Path) -> 
 
 
 # --- files that must not be used ----------------------------------------------------------------------------------
+def foreign(path: Path, modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of a file that others made."""
+    return dict(imports.read(path, modules, patch.base_hash(modules)).tensors)
+
+
 def refused(path: Path, says: str) -> None:
     with pytest.raises(RefusedError, match=says) as caught:
         patch.load(path)
@@ -202,7 +207,7 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path: Path, name: str, zippe
         torch.save(bomb, file, _use_new_zipfile_serialization=zipped)
     refused(tmp_path / name, "convert it to safetensors")
     with pytest.raises(RefusedError, match="would run code") as caught:
-        patch.read_foreign(tmp_path / name, model())
+        foreign(tmp_path / name, model())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "boom").exists()
     with (tmp_path / name).open("rb") as file:
@@ -377,7 +382,7 @@ def test_partial_unets(tmp_path: Path, prefix: str, suffix: str) -> None:
     tensors = {f"{prefix}0.weight": torch.ones(3, 2, 3, 3), f"{prefix}2.bias": torch.ones(2)}
     save_file(tensors, tmp_path / "u.safetensors")
     torch.save(tensors, tmp_path / "u.pt")
-    assert set(patch.read_foreign(tmp_path / f"u{suffix}", model())) == {W, B}
+    assert set(foreign(tmp_path / f"u{suffix}", model())) == {W, B}
 
 
 def advunlearn() -> dict[str, Tensor]:
@@ -393,7 +398,7 @@ def test_advunlearn_text_encoders(tmp_path: Path, text: type[nn.Module]) -> None
     given = advunlearn()
     torch.save(given, tmp_path / "TextEncoder.pt")
     m = model(text=text)
-    found = patch.read_foreign(tmp_path / "TextEncoder.pt", m)
+    found = foreign(tmp_path / "TextEncoder.pt", m)
     assert len(found) == len(Flat().state_dict())
     patch.apply(m, {}, patch.Patch(tensors=found, base={}), force=True)
     assert torch.equal(patch.live(m)[TEXT], given[TEXT])
@@ -404,14 +409,14 @@ def test_advunlearn_text_encoders(tmp_path: Path, text: type[nn.Module]) -> None
 def test_plain_text_encoders_in_every_spelling(tmp_path: Path, prefix: str, wrapped: bool) -> None:
     state = {f"{prefix}{k}": t for k, t in Flat().state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "te.bin")
-    assert set(patch.read_foreign(tmp_path / "te.bin", model())) == {k for k in patch.live(model()) if k.startswith("text_encoder.")}
+    assert set(foreign(tmp_path / "te.bin", model())) == {k for k in patch.live(model()) if k.startswith("text_encoder.")}
 
 
 def test_foreign_files_that_do_not_fit(tmp_path: Path) -> None:
     def bad(content: Any, says: str) -> None:
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(RefusedError, match=says) as caught:
-            patch.read_foreign(tmp_path / "x.pt", model())
+            foreign(tmp_path / "x.pt", model())
         assert "\n" not in str(caught.value)
 
     one = torch.ones(2)
@@ -423,14 +428,14 @@ def test_foreign_files_that_do_not_fit(tmp_path: Path) -> None:
     bad([one], "more than named tensors")
     bad({}, "nothing in .* fits")
     with pytest.raises(RefusedError, match="cannot be read"):
-        patch.read_foreign(tmp_path / "none.pt", model())
+        foreign(tmp_path / "none.pt", model())
     (tmp_path / "cut.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:100])
     with pytest.raises(RefusedError, match="damaged"):
-        patch.read_foreign(tmp_path / "cut.pt", model())
+        foreign(tmp_path / "cut.pt", model())
     twins = {**model(), "text_encoder_2": Flat()}
     torch.save(Flat().state_dict(), tmp_path / "te.pt")
     with pytest.raises(RefusedError, match="put the component before its name"):
-        patch.read_foreign(tmp_path / "te.pt", twins)
+        foreign(tmp_path / "te.pt", twins)
 
 
 def test_a_real_text_encoder_checkpoint(sd: Callable[..., Any], tmp_path: Path) -> None:
@@ -438,6 +443,6 @@ def test_a_real_text_encoder_checkpoint(sd: Callable[..., Any], tmp_path: Path) 
     state = {k: t + 1 for k, t in patch.live({"text_encoder": target.modules["text_encoder"]}).items()}
     save_file(state, tmp_path / "te.safetensors")
     assert load_file(tmp_path / "te.safetensors").keys() == state.keys()
-    found = patch.read_foreign(tmp_path / "te.safetensors", target.modules)
+    found = foreign(tmp_path / "te.safetensors", target.modules)
     patch.apply(target.modules, target.base["sha256"], patch.Patch(tensors=found, base=target.base["sha256"]))
     assert all(torch.equal(patch.live(target.modules)[k], t) for k, t in state.items())
