@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import config, diffusion, files, patch
+from . import config, diffusion, keep, patch
 from .base import Data, Task
 from .data import Examples, Loader, open_data
 
@@ -199,25 +196,10 @@ def kept(about: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
     """The latents made from what ``about`` says: mapped from their file in the cache, which is written when it is not there, damaged, or
     of something else."""
     key = config.content_hash(about)
-    path = files.cache("latents") / f"{key[:32]}.safetensors"
-    if (found := _read(path, key)) is not None:
-        return found
+    path = keep.place("latents", key)
+    if found := keep.read(path, key):
+        return found[0]["latents"]
     made = make().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as draft:
-        save_file({"latents": made}, draft, {"key": key, "sha256": _sha(made)})
-    found = _read(path, key)
-    return made if found is None else found
-
-
-def _read(path: Any, key: str) -> Tensor | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            meta, found = file.metadata() or {}, file.get_tensor("latents")
-    except (SafetensorError, OSError):
-        return None
-    return found if meta.get("key") == key and meta.get("sha256") == _sha(found) else None
-
-
-def _sha(x: Tensor) -> str:
-    return hashlib.sha256(x.contiguous().view(torch.uint8).numpy().data).hexdigest()
+    keep.write(path, key, {"latents": made})
+    found = keep.read(path, key)
+    return found[0]["latents"] if found else made

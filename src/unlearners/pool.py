@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import config, diffusion, files, patch
+from . import config, diffusion, keep, patch
 from .diffusion import Cond
 from .errors import UsageError
-from .files import replacing
 
 VERSION = 1  # raised when the meaning of a pool's file changes
-FOLDER_GB = 10.0  # of all pools together; the longest unused are dropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,18 +105,15 @@ def opened(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: 
     """
     start = time.perf_counter()
     key = _key(target, concepts, others, recipe)
-    path = files.cache("pools") / f"{key[:32]}.safetensors"
-    found = _read(path, key) if cache else None
-    before = 0.0
-    if found is None:
-        found = _built(target, concepts, others, recipe)
-        if cache:
-            _kept(path, key, found, time.perf_counter() - start)
-            found = _read(path, key) or found  # mapped, so that the copy in memory can go
-    else:
-        before = float(found["seconds"])
-        path.touch()
-    return Pool(found, target.device), Spent(time.perf_counter() - start, before)
+    path = keep.place("pools", key)
+    if cache and (found := keep.read(path, key)):
+        tensors, about = found
+        return Pool(tensors, target.device), Spent(time.perf_counter() - start, float(about["seconds"]))
+    tensors = _built(target, concepts, others, recipe)
+    if cache:
+        keep.write(path, key, tensors, seconds=str(time.perf_counter() - start))
+        tensors, _ = keep.read(path, key) or (tensors, {})  # mapped, so that the copy in memory can go
+    return Pool(tensors, target.device), Spent(time.perf_counter() - start, 0.0)
 
 
 def _key(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: Recipe) -> str:
@@ -187,39 +177,3 @@ def _built(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: 
             x = scheduler.step(e_0 + recipe.guidance * (e_c - e_0), t, x).prev_sample
     first = torch.tensor([prompt.index(p) * S for p in range(len(concepts) + len(others))] + [M * S])
     return {"x": x_all, "t": t_all, "e_c": e_all, "e_0": e_0_all, "first": first}
-
-
-def _sum(tensors: dict[str, Tensor]) -> str:
-    """A checksum of all values: one pass over the file, some seconds for gigabytes."""
-    total = 0
-    for name in ("x", "t", "e_c", "e_0", "first"):
-        total = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
-    return f"{total:08x}"
-
-
-def _kept(path: Path, key: str, tensors: dict[str, Tensor], seconds: float) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as draft:
-        save_file(tensors, draft, {"key": key, "sum": _sum(tensors), "seconds": str(seconds)})
-    with os.scandir(path.parent) as entries:
-        files = [(e.stat().st_mtime, e.stat().st_size, e.path) for e in entries if e.name.endswith(".safetensors") and e.path != str(path)]
-    left = FOLDER_GB * 1e9 - path.stat().st_size
-    for _, size, name in sorted(files, reverse=True):  # the newest may stay
-        left -= size
-        if left < 0:
-            Path(name).unlink(missing_ok=True)
-
-
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
-    """The tensors of a pool's file, mapped and not copied; None when it is not there, not whole, or not of ``key``."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("key") != key:
-                return None
-            tensors = {n: file.get_tensor(n) for n in ("x", "t", "e_c", "e_0", "first")}
-            if about.get("sum") != _sum(tensors):
-                return None
-            return tensors | {"seconds": torch.tensor(float(about["seconds"]))}
-    except (SafetensorError, OSError, ValueError, KeyError):
-        return None

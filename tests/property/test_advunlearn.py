@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from unlearners import pool, retain
+from unlearners import keep, pool, retain
 from unlearners.base import Task
 from unlearners.diffusion import Soft
 from unlearners.errors import UsageError
@@ -548,7 +548,7 @@ def test_the_oldest_pools_are_dropped(sd: Callable[..., Any], home: Path, monkey
         os.utime(home / new, (1000 + i, 1000 + i))
     opened(sd(), SAID, ["ab"])  # used again, so it is the newest
     size = (home / names[0]).stat().st_size
-    monkeypatch.setattr(pool, "FOLDER_GB", 2.5 * size / 1e9)
+    monkeypatch.setattr(keep, "FOLDER_GB", 2.5 * size / 1e9)
     opened(sd(), SAID, ["gh"])
     left = {f.name for f in home.iterdir()}
     assert names[0] in left and not {names[1], names[2]} & left and len(left) == 2

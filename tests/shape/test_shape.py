@@ -18,7 +18,7 @@ LAYERS = (
     {"errors"},
     {"registry", "config", "patch", "diffusion"},
     {"base"},
-    {"attention", "closed_form", "data", "files", "imports", "inversion", "latents", "ldm", "lora", "lora_files", "nets", "optim"}
+    {"attention", "closed_form", "data", "files", "imports", "inversion", "keep", "latents", "ldm", "lora", "lora_files", "nets", "optim"}
     | {"pool", "retain", "saliency"},
     {"session"},
     {"targets", "tasks", "judges"},
