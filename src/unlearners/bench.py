@@ -105,6 +105,8 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     image_seeds: int = 0
     """pictures for each prompt; 0 takes all of the task's seeds"""
+    image_steps: int | None = None
+    """sampler steps of each picture; the model's own when left out"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     gpus: float = 0.0
@@ -391,7 +393,8 @@ class _Plan:
         }
         how = {
             "folder": self.folder(p), "attacks": attacks, "metrics": spec.metrics, "seeds": task.seeds[: spec.image_seeds or None],
-            "references": [self.folder(r) for r in others], "device": spec.device, "common": common, "untouched": _untouched(p.cell),
+            "steps": spec.image_steps, "references": [self.folder(r) for r in others], "device": spec.device, "common": common,
+            "untouched": _untouched(p.cell),
         }  # fmt: skip
         name = self.folder(p).name
         return Job(
@@ -509,6 +512,7 @@ def _score(
     attacks: Sequence[tuple[Any, int]],
     metrics: Sequence[str],
     seeds: Sequence[int],
+    steps: int | None,
     references: Sequence[Path],
     device: str,
     common: Mapping[str, Any],
@@ -520,8 +524,8 @@ def _score(
     more: dict[str, Any] = {"references": finished} if finished else {}
     with turn(folder / ".lock", _busy(progress)):
         for attack, prompts in attacks:
-            run.attack(attack, folder, prompts=prompts, device=device, progress=progress)
-        run.evaluate(folder, metrics=list(metrics) or None, seeds=seeds, device=device, progress=progress, **more)
+            run.attack(attack, folder, prompts=prompts, steps=steps, device=device, progress=progress)
+        run.evaluate(folder, metrics=list(metrics) or None, seeds=seeds, steps=steps, device=device, progress=progress, **more)
     env = read_run(folder)["env"]
     shared = {**common, "device": f"{env['device']} {env['hardware']}"}
     out = []

@@ -299,6 +299,10 @@ class Attack(Verb):
     """seed of everything random"""
     prompts: int = 0
     """attack only this many prompts; 0 attacks all"""
+    steps: int | None = None
+    """sampler steps of every picture; the model's own when left out"""
+    guidance: float | None = None
+    """classifier-free guidance of every picture; the model's own when left out"""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
 
@@ -313,7 +317,10 @@ class Attack(Verb):
             would = {"folder": str(self.folder), "attack": {"name": self.attack, **config.to_dict(part)}}
             return {"dry_run": True, "file": str(self.folder / "attacks" / f"{self.attack}.json"), **would, "tried": tried}
         with run.progress_bars() as bars:
-            file = run.attack(part, self.folder, seed=self.seed, prompts=self.prompts, device=_device(self.device), progress=bars)
+            file = run.attack(
+                part, self.folder, seed=self.seed, prompts=self.prompts, steps=self.steps, guidance=self.guidance,
+                device=_device(self.device), progress=bars,
+            )  # fmt: skip
         return {"file": str(file), **_rates(json.loads(file.read_text()))}
 
     def say(self, result: Result) -> None:

@@ -192,6 +192,8 @@ def attack(
     *,
     seed: int = 0,
     prompts: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     **fields: Any,
@@ -199,21 +201,31 @@ def attack(
     """Attack the erased model in ``folder``; writes ``attacks/<name>.json`` and returns its path.
 
     The prompts are the task's that name a concept, each with the task's first seed, then with the next, and so on, until there are
-    ``prompts`` of them (0: all with one seed). A finished attack with the same settings is not repeated.
+    ``prompts`` of them (0: all with one seed). ``steps`` and ``guidance`` are the sampler's, of every picture that is judged. A finished
+    attack with the same settings is not repeated.
     """
     attack = registry.make("attacks", attack, **fields) if isinstance(attack, str) else attack
     folder = Path(folder)
     read_run(folder)
     with locked(folder):
-        return _attack(attack, folder, seed, prompts, device, progress)
+        return _attack(attack, folder, seed, prompts, steps, guidance, device, progress)
 
 
-def _attack(attack: Attack, folder: Path, seed: int, prompts: int, device: str, progress: Progress | None) -> Path:
+def _attack(
+    attack: Attack,
+    folder: Path,
+    seed: int,
+    prompts: int,
+    steps: int | None,
+    guidance: float | None,
+    device: str,
+    progress: Progress | None,
+) -> Path:
     """``attack`` in a folder that this process holds."""
     record, task = _of(folder)
     name = kebab(attack)
     path = folder / "attacks" / f"{name}.json"
-    asked = {"attack": {"name": name, **config.to_dict(attack)}, "seed": seed, "prompts": prompts}
+    asked = {"attack": {"name": name, **config.to_dict(attack)}, "seed": seed, "prompts": prompts, "steps": steps, "guidance": guidance}
     if path.exists():
         found = json.loads(path.read_text())
         if found["asked"] == asked:
@@ -226,6 +238,7 @@ def _attack(attack: Attack, folder: Path, seed: int, prompts: int, device: str, 
     seeds = chain(task.seeds, count(max(task.seeds) + 1))
     pairs = list(islice(((p, s) for s in seeds for p in named), prompts or len(named)))
     model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
+    model.sampler = _sampler(model.sampler, steps, guidance)  # type: ignore[attr-defined]
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
     requests = [Request(p, s) for p, s in pairs]
     gallery.fill(lambda: _original(record, device), requests, 64, progress, "drawing the original")
@@ -258,6 +271,7 @@ def _attack(attack: Attack, folder: Path, seed: int, prompts: int, device: str, 
             "preset": _preset(attack),
             "judge": task.judge,
             "seed": seed,
+            "sampler": model.sampler,  # type: ignore[attr-defined]
             "time": {"seconds": meter.seconds},
             "log": log,
             "verdicts": rows,

@@ -54,8 +54,9 @@ class AdvUnlearn(Method):
         "style": {"gamma": 0.5},
         "object": {"gamma": 0.5},
         "canvas": {
-            "retain_set": "canvas", "eta": 4.0, "steps": 120, "lr": 8e-4, "batch": 4, "retain_batch": 12, "warmup": 20,
-            "attack": "pgd", "attack_steps": 3, "attack_lr": 0.01, "attack_batch": 2, "k": 2, "sampler_steps": 10, "trajectories": 48,
+            "retain_set": "canvas+preserve", "nearest": 0.0, "eta": 4.0, "steps": 120, "lr": 8e-4, "batch": 4, "retain_batch": 12,
+            "warmup": 20, "attack": "pgd", "attack_steps": 3, "attack_lr": 0.01, "attack_batch": 2, "k": 2,
+            "sampler_steps": 10, "trajectories": 48,
         },
     }  # fmt: skip
 
