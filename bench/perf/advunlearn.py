@@ -33,8 +33,9 @@ from torch import Tensor
 from uce import sd14
 
 from unlearners import retain
-from unlearners.base import Meter, Task, sandbox
+from unlearners.base import Task, sandbox
 from unlearners.diffusion import Cond, Soft
+from unlearners.meter import Meter
 from unlearners.methods.advunlearn import AdvUnlearn
 from unlearners.targets import DTYPES, load
 

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unlearners.base import Meter, Task
+from unlearners.base import Task
 from unlearners.diffusion import TrajectoryPool
+from unlearners.meter import Meter
 from unlearners.methods.esd import ESD
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import load

@@ -27,8 +27,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from unlearners import saliency
-from unlearners.base import Data, Meter, Task
+from unlearners.base import Data, Task
 from unlearners.data import Examples, open_data
+from unlearners.meter import Meter
 from unlearners.methods.retrain import Retrain
 from unlearners.methods.salun import SalUn
 from unlearners.targets import DTYPES

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from unlearners import closed_form, patch
-from unlearners.base import Meter, Task
+from unlearners.base import Task
+from unlearners.meter import Meter
 from unlearners.methods.uce import UCE
 from unlearners.targets import DTYPES
 from unlearners.targets.stable_diffusion import StableDiffusion

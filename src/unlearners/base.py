@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import resource
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing_extensions import Self
 
 from . import config
 from . import patch as patching
-from .diffusion import Guide
+from .diffusion import Guide, batches
 from .errors import NonFiniteError, UnlearnError, UsageError
 
 Row = dict[str, float]
@@ -328,30 +326,6 @@ def sandbox(target: Target, seed: int, *, bare: bool = False) -> Iterator[None]:
                 m.training = training
 
 
-class Meter:
-    """Seconds and peak memory of a block: the accelerator's where there is one, else the process'."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds, self.peak = device, 0.0, 0
-
-    def __enter__(self) -> Self:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with suppress(OSError):  # Linux forgets the peak of what this process did before; elsewhere that counts too
-                Path("/proc/self/clear_refs").write_text("5")
-        self.start = time.perf_counter()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.seconds = time.perf_counter() - self.start
-
-
 # --- judges -------------------------------------------------------------------------------------------------------
 class Judge(ABC):
     """Reads pictures: images (B, 3, H, W) in [0, 1] to one label each, in one domain."""
@@ -413,6 +387,7 @@ Hit = Callable[[Mapping[int, Adversarial]], set[int]]
 class Attack(ABC):
     """Looks for prompts that bring the concept back. Proposes; the base class generates, judges and counts.
 
+    ``access`` and ``level`` are its threat model: whether it reads the victim's weights, and where its input enters.
     Pictures are drawn with the guide that the target may carry (``Target.guide``). Gradients go through ``eps``, which knows only the
     weights: against a defence at generation time the search is that on the undefended model, and ``hit`` says what gets through.
     """
@@ -420,44 +395,72 @@ class Attack(ABC):
     needs: ClassVar[type[Target]]
     paper: ClassVar[str]
     access: ClassVar[Literal["white", "black"]]
+    level: ClassVar[Literal["prompt", "tokens", "embedding", "latent"]] = "prompt"
+    batch: int = 16
+    """prompts attacked together; changes memory and speed, not the search"""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
-        """Attack all ``items`` together. ``hit({index: proposal})`` costs one query each and returns the indices that succeeded;
-        those are done and should be dropped. Yields what to log."""
+        """Attack ``items``, at most ``batch``, together. ``hit({index: proposal})`` costs one query each and returns the indices that
+        succeeded; those are done and should be dropped. Yields what to log."""
 
     @final
     def __call__(
-        self, target: Any, task: Task, judge: Judge, items: Sequence[Item], *, seed: int = 0, log: Callable[[Row], None] | None = None
+        self,
+        target: Any,
+        task: Task,
+        judge: Judge,
+        items: Sequence[Item],
+        *,
+        seed: int = 0,
+        log: Callable[[Row], None] | None = None,
+        known: Sequence[Verdict] = (),
+        keep: Callable[[list[Verdict]], None] | None = None,
     ) -> list[Verdict]:
-        """Attack ``items``: pre-attack check, then proposals, each replayed and judged here, so an attack cannot inflate its rate."""
+        """Attack ``items``: pre-attack check, then proposals, each replayed and judged here, so an attack cannot inflate its rate.
+
+        ``keep`` gets all final verdicts after each batch; given back as ``known``, those batches are not attacked again.
+        """
         require(self, target)
-        plain = judge.shows(target.replay([Adversarial(prompt=i.prompt) for i in items], [i.seed for i in items]), task)
-        verdicts = [Verdict(prompt=i.prompt, seed=i.seed, before=b, success=b) for i, b in zip(items, plain, strict=True)]
-        left = [k for k, v in enumerate(verdicts) if not v.success]
-
-        def hit(proposals: Mapping[int, Adversarial]) -> set[int]:
-            asked = {i: a for i, a in proposals.items() if not verdicts[left[i]].success}
-            if not asked:
-                return set()
-            images = target.replay(list(asked.values()), [items[left[i]].seed for i in asked])
-            won = set()
-            for (i, adversarial), shown in zip(asked.items(), judge.shows(images, task), strict=True):
-                verdict = verdicts[left[i]]
-                verdict.queries += 1
-                if shown:
-                    won.add(i)
-                    verdict.success, verdict.level = True, adversarial.level
-                    verdict.adversarial = target.spell(adversarial)
-            return won
-
-        if left:
-            with sandbox(target, seed):
-                for row in self.run(target, task, [items[k] for k in left], hit):
+        shown = judge.shows(target.replay([Adversarial(prompt=i.prompt) for i in items], [i.seed for i in items]), task)
+        verdicts = [Verdict(prompt=i.prompt, seed=i.seed, before=b, success=b) for i, b in zip(items, shown, strict=True)]
+        left, final = [k for k, v in enumerate(verdicts) if not v.success], {(v.prompt, v.seed): v for v in known}
+        for part in batches(len(left), self.batch):
+            ids = left[part]
+            if all((items[k].prompt, items[k].seed) in final for k in ids):
+                for k in ids:
+                    verdicts[k] = final[items[k].prompt, items[k].seed]
+                continue
+            with sandbox(target, seed), roomy(self):
+                for row in self.run(
+                    target, task, [items[k] for k in ids], _hit(target, task, judge, [(items[k], verdicts[k]) for k in ids])
+                ):
                     if log:
                         log(row)
+            if keep:
+                keep([verdicts[k] for k in left[: part.stop]])
         return verdicts
+
+
+def _hit(target: Any, task: Task, judge: Judge, pairs: Sequence[tuple[Item, Verdict]]) -> Hit:
+    """Draw and judge proposals for ``pairs``, count a query for each, and write down what succeeded."""
+
+    def hit(proposals: Mapping[int, Adversarial]) -> set[int]:
+        asked = {i: a for i, a in proposals.items() if not pairs[i][1].success}
+        if not asked:
+            return set()
+        images = target.replay(list(asked.values()), [pairs[i][0].seed for i in asked])
+        won = set()
+        for (i, adversarial), shown in zip(asked.items(), judge.shows(images, task), strict=True):
+            verdict = pairs[i][1]
+            verdict.queries += 1
+            if shown:
+                won.add(i)
+                verdict.success, verdict.level, verdict.adversarial = True, adversarial.level, target.spell(adversarial)
+        return won
+
+    return hit
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__, config, judges, patch, registry, tasks
-from .base import Attack, Item, Meter, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab, require
+from .base import Attack, Item, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab, require
 from .errors import UsageError
 from .files import locked, replacing, sentence, write_json, write_text
+from .meter import Meter
 from .outputs import FolderOutputs, Gallery, Predictions, save_picture
 from .session import FolderSession, Progress, environment
 from .targets import absolute, guide_run, load, put_guide, read_run, root, weighed
@@ -243,16 +244,25 @@ def _attack(
     requests = [Request(p, s) for p, s in pairs]
     gallery.fill(lambda: _original(record, device), requests, 64, progress, "drawing the original")
     items = [Item(prompt=r.prompt, seed=r.seed, picture=gallery.picture(r)[None]) for r in requests]
-    log: list[Row] = []
+    draft = path.with_suffix(".part")  # what an interrupted attack had finished
+    draft.parent.mkdir(exist_ok=True)
+    kept = json.loads(draft.read_text()) if draft.exists() else {}
+    kept = kept if kept.get("asked") == asked else {"log": [], "verdicts": [], "seconds": 0.0}
+    log: list[Row] = kept["log"]
+    started = time.monotonic()
 
     def note(row: Row) -> None:
         log.append({"step": len(log) + 1, **row})
         if progress:
             progress(f"attacking ({name})", len(log), 0, row)
 
+    def keep(verdicts: list[Verdict]) -> None:
+        spent = kept["seconds"] + time.monotonic() - started
+        write_json(draft, {"asked": asked, "seconds": spent, "log": log, "verdicts": [asdict(v) for v in verdicts]})
+
+    known = [Verdict(**v) for v in kept["verdicts"]]
     with Meter(model.device) as meter:
-        verdicts = attack(model, task, judge, items, seed=seed, log=note)
-    path.parent.mkdir(exist_ok=True)
+        verdicts = attack(model, task, judge, items, seed=seed, log=note, known=known, keep=keep)
     rows = [asdict(v) | {"picture": None} for v in verdicts]
     pictures = path.parent / name
     pictures.mkdir(exist_ok=True)
@@ -268,15 +278,17 @@ def _attack(
             "attack": asked["attack"],
             "asked": asked,
             "access": attack.access,
+            "level": attack.level,
             "preset": _preset(attack),
             "judge": task.judge,
             "seed": seed,
             "sampler": model.sampler,  # type: ignore[attr-defined]
-            "time": {"seconds": meter.seconds},
+            "time": {"seconds": kept["seconds"] + meter.seconds, "peak_memory": meter.peak},
             "log": log,
             "verdicts": rows,
         },
     )
+    draft.unlink(missing_ok=True)
     return path
 
 

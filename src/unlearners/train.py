@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from . import config, data, nets
-from .base import Data, Meter, Row, Task, kebab
+from .base import Data, Row, Task, kebab
 from .errors import UsageError
 from .files import locked, write_json
+from .meter import Meter
 from .methods.retrain import Retrain
 from .session import FolderSession, Progress, environment
 from .targets.classifier import Classifier

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from unlearners.base import Meter, Method, Row, Target, Task
+from unlearners.base import Method, Row, Target, Task
 from unlearners.errors import UnlearnError, UsageError
+from unlearners.meter import Meter
 from unlearners.methods.uce import UCE
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import from_concept

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from unlearners.attacks import unlearndiffatk
-from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk, stream
+from unlearners.attacks._search import stream
+from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearners.base import Adversarial, Item, Task
 from unlearners.diffusion import Soft
 from unlearners.targets.stable_diffusion import StableDiffusion

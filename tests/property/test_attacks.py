@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unlearners.attacks.random_tokens import RandomTokens
-from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk, draw, simplex, stream
+from unlearners.attacks._search import draw, simplex, slots, stream
+from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task, Verdict
 from unlearners.diffusion import Cond, Soft
 from unlearners.errors import UnlearnError, UsageError
@@ -293,12 +294,12 @@ def test_streams_differ_by_seed_prompt_and_picture() -> None:
 
 
 def test_slots_are_built_from_tokens_and_keep_the_end() -> None:
-    target, attack = Planted(), UnlearnDiffAtk(k=3)
-    short, long = attack.slots(target, ["w5 w6", " ".join(f"w{i}" for i in range(20, 40))])
+    target = Planted()
+    short, long = slots(target, ["w5 w6", " ".join(f"w{i}" for i in range(20, 40))], 3)
     assert short.tolist() == [START, 0, 0, 0, 5, 6, END, END, END, END]
     assert long.tolist() == [START, 0, 0, 0, 20, 21, 22, 23, 24, END]
     with pytest.raises(UsageError, match="k = 9"):
-        UnlearnDiffAtk(k=9).slots(target, ["w5"])
+        slots(target, ["w5"], 9)
 
 
 def test_presets_follow_the_paper() -> None:

@@ -16,7 +16,7 @@ FOLDERS = ("methods", "attacks", "metrics", "judges", "exports")
 # Each layer may use the ones before it and, unless it is in SIBLINGS, its own.
 LAYERS = (
     {"errors"},
-    {"registry", "config", "patch", "diffusion"},
+    {"registry", "config", "patch", "diffusion", "meter"},
     {"base"},
     {"attention", "closed_form", "data", "files", "imports", "inversion", "keep", "latents", "ldm", "lora", "lora_files", "nets", "optim"}
     | {"pool", "retain", "saliency"},

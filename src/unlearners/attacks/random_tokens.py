@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ import torch
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
 from ..targets.base import TextToImage
+from ._search import stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,8 @@ class RandomTokens(Attack):
     """tokens put before the prompt; the paper: 3 for styles and objects, 5 for nudity and harm"""
     tries: int = 40
     """rounds; also the largest number of queries for each prompt"""
+    batch: int = 64
+    """prompts attacked together; changes memory and speed, not the search"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         words = torch.tensor([i for i in range(target.vocabulary) if i not in target.special])
@@ -54,9 +56,3 @@ class RandomTokens(Attack):
             yield {"try": n + 1.0, "left": float(len(left))}
             if not left:
                 return
-
-
-def stream(item: Item) -> torch.Generator:
-    """The random stream of one prompt under the seed in force."""
-    # A checksum, since torch's CPU generator heeds only the low 32 bits of a seed.
-    return torch.Generator().manual_seed(zlib.crc32(f"{torch.initial_seed()} {item.seed} {item.prompt}".encode()))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
-from ..diffusion import Soft, batches
-from ..errors import UnlearnError, UsageError
+from ..diffusion import Soft
 from ..targets.base import TextToImage
+from ._search import draw, pictures, simplex, slots, stream, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +68,10 @@ class UnlearnDiffAtk(Attack):
     """prompts attacked together; changes memory and speed, not the search"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
-        E = target.embed().detach()  # (V, D)
-        E = E.to(torch.promote_types(E.dtype, torch.float32))
-        for part in batches(len(items), self.batch):
-            yield from self._search(target, E, items, list(range(len(items)))[part], hit)
-
-    def _search(self, target: TextToImage, E: Tensor, items: Sequence[Item], left: list[int], hit: Hit) -> Iterator[Row]:
-        x_tgt = target.latents(torch.cat([_picture(items[i]) for i in left]))  # (B, 4, h, w)
-        c = self.slots(target, [items[i].prompt for i in left])  # (B, L)
-        rng = [stream(items[i]) for i in left]
+        E = table(target)  # (V, D)
+        x_tgt = target.latents(pictures(self, items))  # (B, 4, h, w)
+        c = slots(target, [i.prompt for i in items], self.k)  # (B, L)
+        left, rng = list(range(len(items))), [stream(i) for i in items]
         u = E.new_full((len(left), self.k, len(E)), 1 / len(E))  # (B, k, V)
         adam = torch.optim.Adam([u], lr=self.lr, weight_decay=self.weight_decay)
         for n in range(self.timesteps):
@@ -106,41 +99,3 @@ class UnlearnDiffAtk(Attack):
             yield {"t": float(t[0]), "loss": total, "left": float(len(left))}
             if not left:
                 return
-
-    def slots(self, target: TextToImage, prompts: Sequence[str]) -> Tensor:
-        """[start] k slots [prompt] [end, padding] as ids (B, L), cut to L with the end kept; slots hold 0."""
-        c = target.tokens(prompts)
-        if not 0 < self.k <= c.shape[1] - 2:
-            raise UsageError(f"k = {self.k} tokens do not fit this text encoder; give k from 1 to {c.shape[1] - 2}")
-        end = target.tokens([""])[0, 1]
-        c = torch.cat([c[:, :1], c.new_zeros(len(c), self.k), c[:, 1 : -self.k]], 1)
-        c[(c[:, 1 + self.k :] != end).all(1), -1] = end
-        return c
-
-
-def simplex(u: Tensor) -> Tensor:
-    """Euclidean projection of each row of ``u`` (..., V) onto {v >= 0, sum v = 1}: max(u - tau, 0) (Held et al. 1974)."""
-    u = u - u.amax(-1, keepdim=True)  # changes nothing but the rounding
-    sorted_, n = u.sort(-1, descending=True).values, torch.arange(1, u.shape[-1] + 1, device=u.device)
-    excess = sorted_.cumsum(-1) - 1
-    support = (sorted_ * n > excess).sum(-1, keepdim=True)
-    return (u - excess.gather(-1, support - 1) / support).clamp(min=0)
-
-
-def draw(u: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
-    """One index (B, k) from each distribution of ``u`` (B, k, V), by inverting its cumulative sum; row b uses ``rng[b]``."""
-    r = torch.stack([torch.rand(u.shape[1], 1, generator=g) for g in rng]).to(u)  # (B, k, 1)
-    cdf = u.cumsum(-1)
-    return torch.searchsorted(cdf, r * cdf[..., -1:], right=True).squeeze(-1).clamp(max=u.shape[-1] - 1)
-
-
-def stream(item: Item) -> torch.Generator:
-    """The random stream of one prompt under the seed in force: neither the other prompts nor the batch size change it."""
-    # A checksum, since torch's CPU generator heeds only the low 32 bits of a seed.
-    return torch.Generator().manual_seed(zlib.crc32(f"{torch.initial_seed()} {item.seed} {item.prompt}".encode()))
-
-
-def _picture(item: Item) -> Tensor:
-    if item.picture is None:
-        raise UnlearnError(f"unlearndiffatk needs the original model's picture of '{item.prompt}'; give it as Item.picture (1, 3, H, W)")
-    return item.picture

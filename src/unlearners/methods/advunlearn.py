@@ -110,16 +110,8 @@ class AdvUnlearn(Method):
     """slips of the official code to repeat"""
 
     def __post_init__(self) -> None:
-        counts = (
-            self.steps,
-            self.batch,
-            self.retain_batch,
-            self.attack_batch,
-            self.restarts,
-            self.k,
-            self.sampler_steps,
-            self.trajectories,
-        )
+        batches = (self.batch, self.retain_batch, self.attack_batch)
+        counts = (self.steps, *batches, self.restarts, self.k, self.sampler_steps, self.trajectories)
         if min(counts) < 1 or min(self.attack_steps, self.warmup, self.gamma, self.nearest) < 0 or self.nearest >= 1:
             raise UsageError("counts must be at least 1, attack_steps, warmup and gamma at least 0, and nearest at least 0 and below 1")
 
