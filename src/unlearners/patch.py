@@ -53,8 +53,9 @@ class Patch:
 
 
 def hub_key(key: str) -> str:
-    """``key`` as checkpoints on the hub spell it: a CLIP text encoder's weights below ``text_model``, which transformers 5 drops."""
-    return re.sub(r"^(text_encoder(?:_\d+)?)\.(?=embeddings\.|encoder\.layers\.|final_layer_norm\.)", r"\1.text_model.", key)
+    """``key`` as checkpoints on the hub spell it: CLIP's towers below ``text_model`` and ``vision_model``, which transformers 5 drops."""
+    key = re.sub(r"^(text_encoder(?:_\d+)?)\.(?=embeddings\.|encoder\.layers\.|final_layer_norm\.)", r"\1.text_model.", key)
+    return re.sub(r"^vision_tower\.(?=embeddings\.|encoder\.layers\.|pre_layrnorm\.|post_layernorm\.)", "vision_tower.vision_model.", key)
 
 
 def live(modules: Modules) -> dict[str, Tensor]:

@@ -180,3 +180,29 @@ class TextToImage(Denoiser):
     @abstractmethod
     def spell(self, adversarial: Adversarial) -> str:
         """How a report writes an adversarial input."""
+
+
+class DualEncoder(Learner):
+    """Pictures and texts in one space: CLIP and its kin."""
+
+    side: int
+    """height and width of its pictures"""
+
+    @abstractmethod
+    def images(self, x: Tensor) -> Tensor:
+        """Unit embeddings (B, D) of pictures (B, 3, H, W) in [0, 1]; differentiable."""
+
+    @abstractmethod
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """Unit embeddings (B, D) of texts; differentiable."""
+
+
+class Chat(Target):
+    """A model that answers questions about a picture."""
+
+    side: int
+    """height and width of its pictures"""
+
+    @abstractmethod
+    def answer(self, images: Tensor, questions: Sequence[str], *, tokens: int = 16, batch: int = 32) -> list[str]:
+        """Its answer to each question about each picture (B, 3, H, W) in [0, 1]: greedy, at most ``tokens`` new tokens."""
