@@ -57,6 +57,7 @@ class Target(ABC):
     device: torch.device
     session: Session | None = None
     warnings: Sequence[str] = ()  # what looks wrong without being an error; goes into the run record
+    original: Callable[[], Target] | None = None  # loads the model before the erasure, for attacks that compare with it
     guide: Guide | None = None  # a defence at generation time; ``sample`` draws with it, ``eps`` and ``loss`` know nothing of it
 
     @classmethod

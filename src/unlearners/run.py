@@ -240,9 +240,10 @@ def _attack(
     pairs = list(islice(((p, s) for s in seeds for p in named), prompts or len(named)))
     model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
     model.sampler = _sampler(model.sampler, steps, guidance)  # type: ignore[attr-defined]
+    model.original = cache(lambda: _original(record, device))
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
     requests = [Request(p, s) for p, s in pairs]
-    gallery.fill(lambda: _original(record, device), requests, 64, progress, "drawing the original")
+    gallery.fill(model.original, requests, 64, progress, "drawing the original")
     items = [Item(prompt=r.prompt, seed=r.seed, picture=gallery.picture(r)[None]) for r in requests]
     draft = path.with_suffix(".part")  # what an interrupted attack had finished
     draft.parent.mkdir(exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ def check_attack(attack: Attack) -> None:
         task = task_for(target)
         picture = target.sample(["zq"], [5], steps=2)  # type: ignore[attr-defined]
         items = [Item(prompt="zq", seed=5, picture=picture), Item(prompt="a zq", seed=6, picture=picture)]
+        target.original = cache(target.frozen)
         start, rng = _values(target), torch.get_rng_state()
         never, always = FakeJudge(lambda x: [False] * len(x)), FakeJudge(lambda x: [True] * len(x))
         lost = attack(target, task, never, items, seed=1)
