@@ -167,15 +167,18 @@ class Data:
     """Examples, named but not opened. The same source, seed and validation share give the same split everywhere."""
 
     source: str = ""
-    """hub name, dataset or image folder, "canvas" (its twelve objects)"""
+    """hub name, dataset or image folder, webdataset tars, "canvas" (its twelve objects), "canvas-pairs", "canvas-mascots" …"""
     split: Literal["train", "validation", "test"] = "train"
     rows: str = ""
-    """which: "" all, "class=cat" or "class=3,5", "random=0.1" or "random=500", a file of row numbers or file names; "not …" the others"""
+    """which: "" all, "class=cat" or "class=3,5", "caption=phrase", "random=0.1" or "random=500", a file of row
+    numbers or file names; "not …" the others"""
     seed: int = 0
     validation: float = 0.0
     """share of each class that is split off the training pictures"""
     digest: str = ""
     """SHA-256 of the file of rows, so that a changed file is noticed"""
+    forms: tuple[str, ...] = ()
+    """how a class is said to a model that reads: "a photo of a {}." …"""
 
 
 @dataclass(frozen=True, kw_only=True)

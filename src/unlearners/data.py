@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +22,10 @@ Augment = Literal["crop-flip", "flip"]
 HOMES = ("data", "../data", "../shared/data")
 """where a local copy of a hub dataset is looked for, unless UNLEARNERS_DATA names other folders"""
 MEMORY = 8 * 2**30  # bytes of decoded pictures that are kept; above that they are decoded batch by batch
+CANVAS = ("canvas-pairs", "canvas-mascots", "canvas-styles", "canvas-scenes")
+"""the canvas at its full size: pictures with captions, or named by mascot, style or object"""
+CAPTIONS = ("caption", "text", "txt", "TEXT")
+"""columns that hold captions"""
 TEST = ("test", "validation", "valid", "val")
 
 
@@ -34,6 +38,8 @@ class Source:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     digest: str
+    captions: tuple[str, ...] = ()
+    """one for each picture, where the source has them"""
 
 
 @dataclass
@@ -45,6 +51,12 @@ class Examples:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     augmentation: Augment = "crop-flip"
     """what a training batch goes through: a classifier is to stand shifts, a generator would learn to draw their borders"""
+    texts: tuple[str, ...] = ()
+    """a text for each picture (n,), which then comes with every batch"""
+    others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """for a text those that may take its place"""
+    forms: tuple[str, ...] = ()
+    """how its classes are said"""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -77,12 +89,19 @@ class Examples:
         at = self.indices[rows.cpu()]
         return self.source.pictures[at.to(self._home)].to(self.device), self.source.labels[at].to(self.device)
 
-    def batch(self, rows: Tensor, augment: bool = False) -> dict[str, Tensor]:
-        """{"x": (B, 3, H, W) in [0, 1], "y": (B,), "rows": (B,)}; ``augment`` changes the pictures at random."""
-        x, y = self.raw(rows)
-        return {"x": shifted(x, crop=self.augmentation == "crop-flip") if augment else tidy(x), "y": y, "rows": rows}
+    def batch(self, rows: Tensor, augment: bool = False) -> dict[str, Any]:
+        """{"x": (B, 3, H, W) in [0, 1], "y": (B,), "rows": (B,)}; ``augment`` changes the pictures at random.
 
-    def batches(self, size: int) -> Iterator[dict[str, Tensor]]:
+        Where there are texts, also {"text": [str], "others": [(str, …)]}.
+        """
+        x, y = self.raw(rows)
+        batch = {"x": shifted(x, crop=self.augmentation == "crop-flip") if augment else tidy(x), "y": y, "rows": rows}
+        if not self.texts:
+            return batch
+        said = [self.texts[i] for i in rows.tolist()]
+        return batch | {"text": said, "others": [self.others.get(t, ()) for t in said]}
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
         """Every picture once, in order, as it is."""
         return (self.batch(torch.arange(i, min(i + size, len(self)))) for i in range(0, len(self), size))
 
@@ -101,7 +120,7 @@ class Loader:
     def __len__(self) -> int:
         return -(-len(self.examples) // self.size)
 
-    def draw(self) -> dict[str, Tensor]:
+    def draw(self) -> dict[str, Any]:
         """The next batch; the last one of an epoch may be smaller."""
         if self.at >= len(self.order):
             self.order, self.at = torch.randperm(len(self.examples)), 0
@@ -178,6 +197,8 @@ def pick(data: Data, source: Source, rows: Tensor) -> Tensor:
     if key == "class":
         wanted = torch.tensor([label(c.strip(), source.classes, data.source) for c in value.split(",")])
         inside = torch.isin(source.labels[rows], wanted)
+    elif key == "caption":
+        inside = captioned(value, source)[rows]
     elif key == "random":
         inside = torch.zeros(len(rows), dtype=torch.bool)
         generator = torch.Generator().manual_seed(data.seed + 1_000_003)
@@ -210,6 +231,16 @@ def amount(value: str, total: int) -> int:
     if count > total:
         raise UsageError(f"random={value} is more than the {total} training pictures; name fewer")
     return count
+
+
+def captioned(value: str, source: Source) -> Tensor:
+    """Which pictures (N,) have one of the phrases ``value``, separated by commas, in their caption, in capitals or not (SLUG's rule)."""
+    if not source.captions:
+        raise UsageError(f"the pictures have no captions to look for '{value}' in; name them by class=NAME or in a file")
+    wanted = [v.strip().lower() for v in value.split(",") if v.strip()]
+    if not wanted:
+        raise UsageError("caption= names nothing; write caption=PHRASE")
+    return torch.tensor([any(w in c.lower() for w in wanted) for c in source.captions])
 
 
 def listed(file: str, data: Data, source: Source, rows: Tensor) -> Tensor:
@@ -263,6 +294,8 @@ def splits(name: str) -> list[str]:
     """The splits a source has: train first."""
     if name in ("tiny", "canvas"):
         return ["train", "test"]
+    if name in CANVAS:
+        return ["train", "validation", "test"]
     return list(_dataset(local(name)))
 
 
@@ -278,19 +311,24 @@ def read(name: str, split: str, size: int) -> Source:
             raise UsageError("the canvas has no validation pictures of its own; give a share of the training pictures, as validation: 0.1")
         x, y = objects(split)
         return _source(_sized(x, size), y, CLASSES, ())
+    if name in CANVAS:
+        from .zoo.canvas.pairs import drawn
+
+        x, y, classes, captions = drawn(name, split)
+        return _source(_sized(x, size), y, classes, (), captions)
     parts = _dataset(local(name))
     wanted = ("train",) if split == "train" else TEST[1:] if split == "validation" else TEST
     key = next((k for k in wanted if k in parts), None)
     if key is None:
         raise UsageError(f"{name} has no {split} pictures (it has {', '.join(parts)}); add a folder or split '{wanted[0]}'")
     rows = parts[key]
-    image, labels, classes = _columns(name, rows)
+    image, labels, classes, captions = _columns(name, rows)
     files = tuple(_path(r) for r in rows.cast_column(image, _undecoded())[image]) if _is_folder(name) else ()
     encoded = _Encoded(rows, image, size)
     if len(rows) * 3 * size * size > MEMORY:
-        text = "".join(files) + str(labels.tolist())
-        return Source(encoded, labels, classes, files, hashlib.sha256(text.encode()).hexdigest())
-    return _source(encoded[torch.arange(len(rows))], labels, classes, files)
+        text = "".join((*files, *captions)) + str(labels.tolist())
+        return Source(encoded, labels, classes, files, hashlib.sha256(text.encode()).hexdigest(), captions)
+    return _source(encoded[torch.arange(len(rows))], labels, classes, files, captions)
 
 
 def tiny(split: str, size: int) -> Source:
@@ -305,10 +343,11 @@ def tiny(split: str, size: int) -> Source:
     return _source(x, y, ("a", "b", "c", "d"), ())
 
 
-def _source(x: Tensor, y: Tensor, classes: Sequence[str], names: tuple[str, ...]) -> Source:
+def _source(x: Tensor, y: Tensor, classes: Sequence[str], names: tuple[str, ...], captions: tuple[str, ...] = ()) -> Source:
     digest = hashlib.sha256(x.contiguous().numpy().data)
     digest.update(y.numpy().data)
-    return Source(x, y, tuple(classes), names, digest.hexdigest())
+    digest.update("\n".join(captions).encode())
+    return Source(x, y, tuple(classes), names, digest.hexdigest(), captions)
 
 
 def _sized(x: Tensor, size: int) -> Tensor:
@@ -340,8 +379,12 @@ def _dataset(name: str) -> Any:
     from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
 
     disable_progress_bars()
+    tars = tarred(Path(name))
     try:
-        found: Any = load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else load_dataset(name)
+        if tars:
+            found: Any = load_dataset("webdataset", data_files={"train": [str(t) for t in tars]})
+        else:
+            found = load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else load_dataset(name)
     except Exception as error:  # the library raises what its readers, the network and the file system raise
         raise UsageError(
             f"no pictures could be read from '{name}' ({str(error).splitlines()[0][:120]}); give a folder of one folder per class, "
@@ -350,22 +393,55 @@ def _dataset(name: str) -> Any:
     return found if isinstance(found, DatasetDict) else {"train": found}
 
 
-def _columns(name: str, rows: Any) -> tuple[str, Tensor, tuple[str, ...]]:
-    """The name of the picture column, the labels (N,), and the class names."""
+def tarred(path: Path) -> list[Path]:
+    """The webdataset tars at ``path``, a file or a folder of them; none when it is anything else."""
+    return [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")) if path.is_dir() else []
+
+
+def _columns(name: str, rows: Any) -> tuple[str, Tensor, tuple[str, ...], tuple[str, ...]]:
+    """The name of the picture column, the labels (N,), the class names, and the captions, where there are any.
+
+    Pictures with captions and without labels are of one class, which has no name.
+    """
     from datasets import ClassLabel, Image
 
     pictures = [k for k, f in rows.features.items() if isinstance(f, Image)]
+    captions = _captions(name, rows)
+    if pictures and captions and not any(isinstance(f, ClassLabel) for f in rows.features.values()):
+        return pictures[0], torch.zeros(len(rows), dtype=torch.long), ("",), captions
     named = [k for k, f in rows.features.items() if isinstance(f, ClassLabel)]
     numbered = [k for k in rows.features if k in ("label", "labels", "fine_label")]
     if not pictures or not (named or numbered):
-        raise UsageError(f"{name} has the columns {', '.join(rows.features)}; a column of pictures and one of class labels are needed")
+        wanted = "a column of pictures and one of class labels or captions are needed"
+        raise UsageError(f"{name} has the columns {', '.join(rows.features)}; {wanted}")
     column = (named or numbered)[0]
     labels = torch.tensor(rows[column], dtype=torch.long)
     classes = tuple(rows.features[column].names) if named else tuple(str(i) for i in range(int(labels.max()) + 1))
     if (labels < 0).any() or (labels >= len(classes)).any():
         wrong = int(labels[(labels < 0) | (labels >= len(classes))][0])
         raise UsageError(f"{name} labels a picture {wrong}, and its classes are 0 to {len(classes) - 1}; mend or leave out those rows")
-    return pictures[0], labels, classes
+    return pictures[0], labels, classes, captions
+
+
+def _captions(name: str, rows: Any) -> tuple[str, ...]:
+    """The captions of a dataset: a column, a field of a tar's JSON, or, for a folder, text files beside the pictures; () without any."""
+    column = next((k for k in CAPTIONS if k in rows.features), None)
+    if column:
+        cells = [str(c or "").strip() for c in rows[column]]
+    elif "json" in rows.features:
+        cells = [str((c or {}).get("caption") or "").strip() for c in rows["json"]]
+    elif _is_folder(name) and "image" in rows.features:
+        beside = [Path(_path(c)).with_suffix(".txt") for c in rows.cast_column("image", _undecoded())["image"]]
+        if not any(t.is_file() for t in beside):
+            return ()
+        cells = [t.read_text(encoding="utf-8").strip() if t.is_file() else "" for t in beside]
+    else:
+        return ()
+    if (bare := sum(not c for c in cells)) == len(cells):
+        return ()
+    if bare:
+        raise UsageError(f"{bare} of the {len(cells)} pictures of {name} have no caption; caption them or take them out")
+    return tuple(cells)
 
 
 def _undecoded() -> Any:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from unlearners.attacks.random_tokens import RandomTokens
 from unlearners.attacks._search import draw, simplex, slots, stream
+from unlearners.attacks.random_tokens import RandomTokens
 from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task, Verdict
 from unlearners.diffusion import Cond, Soft

@@ -18,7 +18,22 @@ LAYERS = (
     {"errors"},
     {"registry", "config", "patch", "diffusion", "meter"},
     {"base"},
-    {"attention", "closed_form", "data", "files", "imports", "inversion", "keep", "latents", "ldm", "lora", "lora_files", "nets", "optim"}
+    {
+        "attention",
+        "clip_maps",
+        "closed_form",
+        "data",
+        "files",
+        "imports",
+        "inversion",
+        "keep",
+        "latents",
+        "ldm",
+        "lora",
+        "lora_files",
+        "nets",
+        "optim",
+    }
     | {"pool", "retain", "saliency"},
     {"session"},
     {"targets", "tasks", "judges"},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,12 +30,29 @@ def described(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+@lru_cache(maxsize=64)
+def hub_config(spec: str, name: str = "config.json") -> dict[str, Any]:
+    """``described`` of a file of a local folder, or of a hub repository when ``spec`` is the id of one; {} where it has none."""
+    if Path(spec).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", spec):
+        return described(Path(spec, name))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return described(Path(hf_hub_download(spec, name)))
+    except Exception:  # not there, no network, no access: then no family claims it by this file
+        return {}
+
+
 class Learner(Target):
     """A target that can be taught from examples: right ones by ``loss``, wrong ones by ``loss`` of ``relabel``."""
 
     @abstractmethod
     def open(self, data: Data) -> Examples | Latents:
         """The examples ``data`` names, as this family reads them; ``UsageError`` when there are none."""
+
+    def forgetting(self, batch: Mapping[str, Any]) -> Tensor:
+        """The loss that ascent raises to forget, a scalar: ``loss``, unless a family has another."""
+        return self.loss(batch)
 
     def forgotten(self, task: Task, asked: Asked) -> Examples | Latents:
         """The examples to forget. A family that draws may make what the task does not name, as ``asked`` says."""

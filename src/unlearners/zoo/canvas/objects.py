@@ -20,13 +20,11 @@ FIRST = {"train": 8_000_000_000, "test": 8_100_000_000}  # render seeds, disjoin
 
 def objects(split: str) -> tuple[Tensor, Tensor]:
     """uint8 pictures (N, 3, 32, 32) and class indices (N,) into ``CLASSES``, which repeat in order; drawn once, then cached."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unlearners"
-    path = home / f"canvas-objects-{SIDE}-{split}-{COUNTS[split]}.npy"
-    if path.exists():
-        pictures = np.load(path)
-    else:
+    name = f"canvas-objects-{SIDE}-{split}-{COUNTS[split]}"
+    pictures = kept(name)
+    if pictures is None:
         pictures = np.stack([picture(FIRST[split] + i, i % len(CLASSES)) for i in range(COUNTS[split])])
-        _keep(pictures, path)
+        keep(pictures, name)
     return torch.from_numpy(pictures), torch.arange(COUNTS[split]) % len(CLASSES)
 
 
@@ -35,7 +33,15 @@ def picture(seed: int, label: int) -> np.ndarray:
     return np.asarray(render(seed, Item(object=CLASSES[label])).reduce(2)).transpose(2, 0, 1)
 
 
-def _keep(pictures: np.ndarray, path: Path) -> None:
+def kept(name: str) -> np.ndarray | None:
+    """What ``keep`` has kept under ``name``; None when there is nothing."""
+    path = _home() / f"{name}.npy"
+    return np.load(path) if path.exists() else None
+
+
+def keep(pictures: np.ndarray, name: str) -> None:
+    """Cache ``pictures`` under ``name``."""
+    path = _home() / f"{name}.npy"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as draft:
@@ -43,3 +49,7 @@ def _keep(pictures: np.ndarray, path: Path) -> None:
         Path(draft.name).replace(path)
     except OSError:
         pass  # a cache that cannot be written costs time, nothing else
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unlearners"
