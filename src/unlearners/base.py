@@ -6,7 +6,6 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing_extensions import Self
 from . import config
 from . import patch as patching
 from .diffusion import Guide, batches
-from .errors import NonFiniteError, UnlearnError, UsageError
+from .errors import NonFiniteError, UsageError
+from .sandbox import roomy, sandbox
 
 Row = dict[str, float]
-SIZES = ("batch", "forget_batch", "attack_batch", "retain_batch", "restarts", "pool", "pool_gb", "k")  # fields that memory grows with
 Relabel = Literal["other", "any", "next"]
 Kind = Literal["style", "object", "identity", "nsfw", "class", "samples"]
 
@@ -160,6 +159,10 @@ class Probe:
 
     prompt: str
     truth: Mapping[str, str]
+    seed: int | None = None
+    """the image seed it is drawn with; None: those of the task"""
+    guidance: float | None = None
+    """its classifier-free guidance; None: the sampler's"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +209,10 @@ class Task:
     forget: Data = Data()
     retain: Data = Data()
     holdout: Data = Data()
+    utility: tuple[Data, ...] = ()
+    """named pictures of other domains, which must still be named right"""
+    question: str = "What is the name of this character?"
+    """what a model that answers is asked about a picture"""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -234,6 +241,10 @@ class Task:
     def names_concept(self, probe: Probe) -> bool:
         """Whether ``probe`` asks for what is to be forgotten."""
         return probe.truth.get(self.axis) in self.concepts
+
+    def pictures(self, probe: Probe) -> list[Request]:
+        """The pictures of ``probe``: one with its own seed, else one for each seed of the task."""
+        return [Request(probe.prompt, s, probe.guidance) for s in (self.seeds if probe.seed is None else (probe.seed,))]
 
 
 # --- methods ------------------------------------------------------------------------------------------------------
@@ -268,13 +279,11 @@ class Method(ABC):
             raise UsageError(f"the target already has a guide that acts at generation time; use {kebab(self)} on the model below it")
         with sandbox(target, seed, bare=not self.runtime), roomy(self):
             for row in self.run(target, task):
-                bad = [k for k, v in row.items() if not math.isfinite(v)]
-                if bad:
+                bad = next((k for k, v in row.items() if not math.isfinite(v)), None)
+                if bad is not None:
                     if target.session:
                         target.session.undo(target)
-                    raise NonFiniteError(
-                        f"'{bad[0]}' became {row[bad[0]]} and training stopped; the last good state is kept: try a lower lr"
-                    )
+                    raise NonFiniteError(f"'{bad}' became {row[bad]} and training stopped; the last good state is kept: try a lower lr")
                 if log:
                     log(row)
         return target
@@ -286,48 +295,9 @@ def require(part: Any, target: Target) -> None:
         raise UsageError(f"{kebab(part)} needs a {part.needs.__name__}, and this target is a {type(target).__name__}; see 'unlearn show'")
 
 
-@contextmanager
-def roomy(part: Any) -> Iterator[None]:
-    """Say which field of ``part`` lowers the memory it takes, where there is not enough."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        sizes = [f"{n} (now {v})" for n, v in vars(part).items() if n in SIZES and v]
-        mend = f"lower {' or '.join(sizes)}" if sizes else "use --dtype bfloat16 or a larger device"
-        raise UnlearnError(f"{kebab(part)} needs more memory than there is; {mend}") from error
-
-
 def kebab(part: Any) -> str:
     """The registered name of a method, attack, metric or judge: its file's."""
     return (part if isinstance(part, type) else type(part)).__module__.rpartition(".")[2]
-
-
-@contextmanager
-def sandbox(target: Target, seed: int, *, bare: bool = False) -> Iterator[None]:
-    """Seed inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train mode are as before.
-
-    With ``bare``, the target has no guide inside.
-    """
-    guide = target.guide
-    modes = {m: m.training for module in target.modules.values() for m in module.modules()}
-    wanted = {p: (p.requires_grad, p.dtype) for p in target.named().values()}
-    devices = [target.device] if target.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.set_grad_enabled(True):
-        torch.manual_seed(seed)
-        for module in target.modules.values():
-            module.requires_grad_(False).eval()
-        target.guide = None if bare else guide
-        try:
-            yield
-        finally:
-            target.guide = guide or target.guide  # the second: what a method that acts at generation time has set
-            for p, (trains, dtype) in wanted.items():
-                p.requires_grad_(trains).grad = None
-                p.data = p.data.to(dtype)
-            for m, training in modes.items():
-                m.training = training
 
 
 # --- judges -------------------------------------------------------------------------------------------------------
@@ -335,6 +305,7 @@ class Judge(ABC):
     """Reads pictures: images (B, 3, H, W) in [0, 1] to one label each, in one domain."""
 
     paper: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @abstractmethod
     def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
@@ -344,15 +315,24 @@ class Judge(ABC):
         """Whether each image still shows one of the task's concepts."""
         return [label in task.concepts for label in self.labels(images, task, task.axis)]
 
+    def describe(self) -> dict[str, Any]:
+        """What a record says of this judge: its name and fields, to which one adds what else its answers hang on, such as versions."""
+        return {"name": kebab(self), **config.to_dict(self)}
+
 
 # --- attacks ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One prompt under attack: what it asks for, its image seed, and the original model's picture (1, 3, H, W) in [0, 1]."""
+    """One prompt under attack: what it asks for, its image seed, and the original model's picture (1, 3, H, W) in [0, 1].
+
+    ``guidance`` is that of its pictures, the sampler's when None. With ``spared`` it is drawn and judged but not attacked.
+    """
 
     prompt: str
     seed: int
     picture: Tensor | None = None
+    guidance: float | None = None
+    spared: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,21 +340,31 @@ class Adversarial:
     """What an attack proposes. It is replayed at the first level that is set: prompt, then tokens, then embedding.
 
     ``tokens`` is (L,) ids of the whole prompt; ``embedding`` (k, width) token embeddings placed at slots ``at`` … of ``prompt_ids``.
+    ``latent`` is start noise, unit Gaussian in the shape of one row of latents; it stands alone, without a text. ``seed`` takes the
+    place of the item's, and ``by`` names who proposes, where one attack asks others.
     """
 
     prompt: str | None = None
     tokens: Tensor | None = None
     embedding: Tensor | None = None
     at: int = 1
+    latent: Tensor | None = None
+    seed: int | None = None
+    by: str = ""
 
     @property
     def level(self) -> str:
+        if self.latent is not None:
+            return "latent"
         return "prompt" if self.prompt is not None else "tokens" if self.embedding is None else "embedding"
 
 
 @dataclass(kw_only=True)
 class Verdict:
-    """The record of one attacked prompt. ``before``: the plain prompt already shows the concept; ``success`` includes that."""
+    """The record of one attacked prompt. ``before``: the plain prompt already shows the concept; ``success`` includes that.
+
+    ``drawn`` is the seed that broke it, where an attack changed ``seed``; ``by`` names the attack, where several were at work.
+    """
 
     prompt: str
     seed: int
@@ -383,6 +373,8 @@ class Verdict:
     level: str = ""
     queries: int = 0
     adversarial: str = ""
+    drawn: int | None = None
+    by: str = ""
 
 
 Hit = Callable[[Mapping[int, Adversarial]], set[int]]
@@ -427,9 +419,9 @@ class Attack(ABC):
         ``keep`` gets all final verdicts after each batch; given back as ``known``, those batches are not attacked again.
         """
         require(self, target)
-        shown = judge.shows(target.replay([Adversarial(prompt=i.prompt) for i in items], [i.seed for i in items]), task)
+        shown = judge.shows(_replay(target, [(i, Adversarial(prompt=i.prompt)) for i in items]), task)
         verdicts = [Verdict(prompt=i.prompt, seed=i.seed, before=b, success=b) for i, b in zip(items, shown, strict=True)]
-        left, final = [k for k, v in enumerate(verdicts) if not v.success], {(v.prompt, v.seed): v for v in known}
+        left, final = [k for k, v in enumerate(verdicts) if not (v.success or items[k].spared)], {(v.prompt, v.seed): v for v in known}
         for part in batches(len(left), self.batch):
             ids = left[part]
             if all((items[k].prompt, items[k].seed) in final for k in ids):
@@ -447,6 +439,16 @@ class Attack(ABC):
         return verdicts
 
 
+def _replay(target: Any, asked: Sequence[tuple[Item, Adversarial]]) -> Tensor:
+    """The picture of each proposal, with its own seed or that of its item, and the guidance of its item."""
+    images: dict[int, Tensor] = {}
+    for g in dict.fromkeys(item.guidance for item, _ in asked):
+        part, own = [k for k, (item, _) in enumerate(asked) if item.guidance == g], {} if g is None else {"guidance": g}
+        seeds = [item.seed if a.seed is None else a.seed for item, a in (asked[k] for k in part)]
+        images |= zip(part, target.replay([asked[k][1] for k in part], seeds, **own), strict=True)
+    return torch.stack([images[k] for k in range(len(asked))])
+
+
 def _hit(target: Any, task: Task, judge: Judge, pairs: Sequence[tuple[Item, Verdict]]) -> Hit:
     """Draw and judge proposals for ``pairs``, count a query for each, and write down what succeeded."""
 
@@ -454,7 +456,7 @@ def _hit(target: Any, task: Task, judge: Judge, pairs: Sequence[tuple[Item, Verd
         asked = {i: a for i, a in proposals.items() if not pairs[i][1].success}
         if not asked:
             return set()
-        images = target.replay(list(asked.values()), [pairs[i][0].seed for i in asked])
+        images = _replay(target, [(pairs[i][0], a) for i, a in asked.items()])
         won = set()
         for (i, adversarial), shown in zip(asked.items(), judge.shows(images, task), strict=True):
             verdict = pairs[i][1]
@@ -462,6 +464,7 @@ def _hit(target: Any, task: Task, judge: Judge, pairs: Sequence[tuple[Item, Verd
             if shown:
                 won.add(i)
                 verdict.success, verdict.level, verdict.adversarial = True, adversarial.level, target.spell(adversarial)
+                verdict.drawn, verdict.by = adversarial.seed, adversarial.by
         return won
 
     return hit
@@ -470,10 +473,11 @@ def _hit(target: Any, task: Task, judge: Judge, pairs: Sequence[tuple[Item, Verd
 # --- metrics ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Request:
-    """A picture a metric wants: one prompt, one seed."""
+    """A picture a metric wants: one prompt, one seed, and the guidance it is drawn with, the sampler's when None."""
 
     prompt: str
     seed: int
+    guidance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,6 +489,8 @@ class Score:
     low: float = math.nan
     high: float = math.nan
     per_item: tuple[float, ...] = ()
+    table: Any = None
+    """what a plot needs beside the value, as JSON"""
 
 
 def rate(flags: Sequence[bool]) -> Score:
@@ -500,7 +506,8 @@ def rate(flags: Sequence[bool]) -> Score:
 
 class Outputs(Protocol):
     """What a metric sees: pictures by request and labels by domain, logits (N, K) and labels (N,) by data, each computed once for all
-    metrics; logits of reference models that never saw the forget set; attack verdicts; the run record."""
+    metrics; replies to the questions of a data; logits of reference models that never saw the forget set; attack verdicts; the run
+    record."""
 
     record: Mapping[str, Any]
     verdicts: Mapping[str, Sequence[Verdict]]
@@ -510,6 +517,7 @@ class Outputs(Protocol):
     def images(self, requests: Sequence[Request]) -> Tensor: ...
     def labels(self, requests: Sequence[Request], domain: str) -> list[str]: ...
     def logits(self, data: Data) -> tuple[Tensor, Tensor]: ...
+    def answers(self, data: Data) -> list[Any]: ...
 
 
 class Metric(ABC):
@@ -525,8 +533,12 @@ class Metric(ABC):
         """The pictures this metric wants."""
         return []
 
+    def better(self, name: str) -> bool:
+        """Whether more is better of the value ``name``, where there are several; the same for all unless overridden."""
+        return self.higher_is_better
+
     def data(self, target: Any, task: Task) -> list[Data]:
-        """The data whose logits this metric wants."""
+        """The data whose logits, or the questions whose answers, this metric wants."""
         return []
 
     @abstractmethod
@@ -550,6 +562,7 @@ class Run:
     def plain(self) -> dict[str, Any]:
         """As JSON: the method under its name, without what does not change the result."""
         plain: dict[str, Any] = config.to_dict(self)
+        plain["task"]["probes"] = [{k: v for k, v in probe.items() if v is not None} for probe in plain["task"]["probes"]]
         return plain | {"method": {"name": kebab(self.method), **config.to_dict(self.method)}}
 
     @property

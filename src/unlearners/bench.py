@@ -84,8 +84,8 @@ class Select:
 
     metrics: tuple[str, ...] = GAP
     """what is measured"""
-    objective: Literal["gap", "max", "min"] = "gap"
-    """smallest mean distance to retrain, or largest or smallest mean"""
+    objective: Literal["gap", "max", "min", "best"] = "gap"
+    """smallest mean distance to retrain, largest or smallest mean, or largest mean with 100 - value of metrics that are better low"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -560,7 +560,8 @@ def choose(
             to = base.get(p.task)
             score = math.nan if not found or not to else sum(abs(found[m] - to[m]) for m in select.metrics) / len(select.metrics)
         else:
-            score = sum(found.values()) / len(found) if found else math.nan
+            better = [100 - v if select.objective == "best" and not _higher(m) else v for m, v in found.items()]
+            score = sum(better) / len(found) if found else math.nan
         row = {"task": p.task, "method": p.label, "chosen": "", "values": written(values), "seed": p.seed}
         row |= {m: found.get(m) for m in select.metrics} | {select.objective: None if math.isnan(score) else score, "note": ""}
         rows.append(row)
@@ -574,7 +575,7 @@ def choose(
         if not usable:
             missing.append(f"{label} on {task}: none of its {len(tried)} settings could be compared, so none is chosen")
             continue
-        best = (max if select.objective == "max" else min)(usable, key=lambda r: r[select.objective])
+        best = (max if select.objective in ("max", "best") else min)(usable, key=lambda r: r[select.objective])
         chosen[task, label] = values_of[id(best)]
         best["chosen"], best["note"] = "yes", edges(values_of[id(best)], [values_of[id(r)] for r in tried])
     return chosen, rows, missing
@@ -588,6 +589,10 @@ def edges(best: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]) -> str:
         if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
             out.append(f"{name}={value} is the {'lowest' if value == numbers[0] else 'highest'} tried")
     return ", ".join(out)
+
+
+def _higher(metric: str) -> bool:
+    return bool(registry.get("metrics", _plain(metric)).higher_is_better)
 
 
 def _measured(select: Select, outcome: Outcome) -> dict[str, float]:

@@ -39,6 +39,7 @@ CUT = {
     "trajectories": 2,
     "timesteps": 2,
     "iterations": 2,
+    "evaluations": 2,
     "tries": 2,
     "queries": 2,
     "restarts": 1,
@@ -51,7 +52,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     "methods": ("paper", "presets"),
     "attacks": ("paper", "access", "presets"),
     "metrics": ("paper", "higher_is_better", "version"),
-    "judges": ("paper",),
+    "judges": ("paper", "presets"),
     "exports": ("reads",),
     "targets": ("groups",),
 }
@@ -148,7 +149,12 @@ class Erase(Verb):
     data: str = ""
     """the pictures a classifier was trained on: a folder with one folder per class, a dataset's folder, or a hub name"""
     forget: str = ""
-    """which of --data to forget: class=NAME, random=0.1, or a text file with one row number or file name a line"""
+    """which of --data to forget: class=NAME, random=0.1, or a text file with one row number or file name a line; beside --concept, for a
+    CLIP, captioned pictures of it: a folder, webdataset tars, a dataset, or draw:PIPELINE"""
+    retain: str = ""
+    """captioned pictures of other things, beside --concept and --forget"""
+    test: str = ""
+    """named pictures to measure on, one folder for each name, beside --concept and --forget"""
     validation: float = 0.0
     """share of --data that the model did not see in training"""
     split_seed: int = 0
@@ -197,15 +203,21 @@ class Erase(Verb):
         """The task that was named or described."""
         from . import tasks
 
-        if bool(self.task) + bool(self.concept) + bool(self.data or self.forget) != 1:
+        if bool(self.task) + bool(self.concept) + bool(self.data or (self.forget and not self.concept)) != 1:
             raise UsageError(
                 "say what to erase in one way: a task ('unlearn list tasks'), --concept \"some text\", or --data PICTURES --forget WHICH"
             )
+        if self.concept and (self.forget or self.retain or self.test):
+            if not (self.forget and self.retain):
+                raise UsageError("--forget and --retain name captioned pictures of the concept and of other things; give both")
+            return tasks.from_pairs(
+                self.concept, self.concept_kind or "object", _here(self.forget), _here(self.retain), test=_here(self.test),
+                anchors=self.anchor, preserve=self.preserve, **({"validation": self.validation} if self.validation else {}),
+            )  # fmt: skip
         if self.data or self.forget:
             if not (self.data and self.forget):
                 raise UsageError("--data names the training pictures and --forget which of them to forget; give both")
-            where = str(Path(self.data).resolve()) if Path(self.data).exists() else self.data
-            return tasks.from_data(where, self.forget, seed=self.split_seed, validation=self.validation)
+            return tasks.from_data(_here(self.data), self.forget, seed=self.split_seed, validation=self.validation)
         if self.task:
             if self.concept_kind or self.anchor or self.preserve:
                 raise UsageError("--kind, --anchor and --preserve describe a --concept; a task has its own, so leave them out")
@@ -303,6 +315,10 @@ class Attack(Verb):
     """sampler steps of every picture; the model's own when left out"""
     guidance: float | None = None
     """classifier-free guidance of every picture; the model's own when left out"""
+    suite: str = ""
+    """a task, such as unlearndiffatk/church@FILE.csv, whose prompts and judge take the place of the run's"""
+    max_tokens: int = 0
+    """count but do not attack longer prompts, start and end tokens included; 60 in UnlearnDiffAtk's code, 0 attacks all"""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
 
@@ -319,7 +335,7 @@ class Attack(Verb):
         with run.progress_bars() as bars:
             file = run.attack(
                 part, self.folder, seed=self.seed, prompts=self.prompts, steps=self.steps, guidance=self.guidance,
-                device=_device(self.device), progress=bars,
+                suite=self.suite, max_tokens=self.max_tokens, device=_device(self.device), progress=bars,
             )  # fmt: skip
         return {"file": str(file), **_rates(json.loads(file.read_text()))}
 
@@ -330,6 +346,8 @@ class Attack(Verb):
         else:
             n, before, success = result["prompts"], result["before"], result["success"]
             print(f"{self.attack}: {success} of {n} prompts bring the concept back; {before} did so without an attack")
+            if (kept := result.get("filter")) and kept["attacked"] < n:
+                print(f"{kept['attacked']} of {n} prompts have at most {self.max_tokens} tokens; the others were not attacked but count")
             print(f"→ {result['file']}")
 
 
@@ -343,7 +361,9 @@ class Evaluate(Verb):
     folder: Positional[Path]
     """the run folder to measure"""
     metrics: tuple[str, ...] = ()
-    """metrics to compute; those of the task when left out"""
+    """metrics to compute, with fields where they are wanted (fid:reference=FOLDER); those of the task when left out"""
+    suite: str = ""
+    """a task, such as i2p or coco@FILE.csv, whose prompts, seeds, judge and metrics take the place of the run's (suites/NAME.json)"""
     seeds: int = 0
     """how many pictures of each prompt: with the seeds of the task, then with the numbers after its largest; 0 takes those of the task"""
     steps: int = 0
@@ -360,13 +380,14 @@ class Evaluate(Verb):
     """cpu, cuda, cuda:1 …; auto is cuda where there is one"""
 
     def do(self, part: Any) -> Result:
-        from . import run
+        from . import run, tasks
 
-        metrics = [_canonical("metrics", m) for m in self.metrics]
+        metrics = [_canonical("metrics", name) + colon + rest for name, colon, rest in (m.partition(":") for m in self.metrics)]
         for name in metrics:
-            registry.path("metrics", name)  # an unknown name is said before anything is loaded
+            registry.path("metrics", name.partition(":")[0])  # an unknown name is said before anything is loaded
         record = _record(self.folder)
         method, task = _parts(record)
+        task = tasks.load(self.suite) if self.suite else task
         how: Result = {"guidance": self.guidance, "batch": self.batch}
         if self.dry_run:
             tried = [m for m in metrics or task.suite if m in OFFLINE]
@@ -378,8 +399,9 @@ class Evaluate(Verb):
         seeds = (*task.seeds, *more)[: self.seeds] if self.seeds else None
         how |= {"metrics": metrics or None, "seeds": seeds, "steps": self.steps or None, "device": _device(self.device)}
         with run.progress_bars() as bars:
-            file = run.evaluate(self.folder, progress=bars, references=self.references, split=self.split, **how)
-        return {"file": str(file), "results": run.results(self.folder) if self.split == "test" else json.loads(file.read_text())}
+            file = run.evaluate(self.folder, progress=bars, references=self.references, split=self.split, suite=self.suite, **how)
+        rows = run.results(self.folder) if self.split == "test" and not self.suite else json.loads(file.read_text())
+        return {"file": str(file), "results": rows, "plot": _plotted(rows, file)}
 
     def say(self, result: Result) -> None:
         if self.dry_run:
@@ -387,7 +409,8 @@ class Evaluate(Verb):
             print("tried on the tiny model, where the numbers mean nothing:")
         _table(result["tried"] if self.dry_run else result["results"])
         if not self.dry_run:
-            print(f"→ {result['file']}")
+            for file in filter(None, (result["plot"], result["file"])):
+                print(f"→ {file}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -803,9 +826,28 @@ def _cut(part: Any) -> Any:
             lower[f.name] = _cut(value)
         elif f.name in CUT and type(value) is int:
             lower[f.name] = min(value, CUT[f.name])
+        elif f.name == "goal":
+            lower[f.name] = -1.0  # random weights know nothing that could be forgotten
         elif f.name == "patch":
             lower[f.name] = ""  # no patch of a model fits the tiny one
     return dataclasses.replace(part, **lower)
+
+
+def _here(spec: str) -> str:
+    """A path made absolute; anything else, such as a hub name, as it is."""
+    return str(Path(spec).resolve()) if spec and Path(spec).exists() else spec
+
+
+def _plotted(rows: Sequence[Mapping[str, Any]], file: Path) -> str | None:
+    """Draw the counts of body parts beside the results they are from, where they were measured; the file's name."""
+    if not any(row["metric"].startswith("nudenet_counts/") for row in rows):
+        return None
+    from .files import write_text
+    from .plots import body_parts, standalone
+
+    path = file.with_suffix(".svg")
+    write_text(path, standalone(body_parts(rows, "parts")))
+    return str(path)
 
 
 def _rates(attack: Mapping[str, Any]) -> dict[str, Any]:
@@ -842,7 +884,8 @@ def _known(kind: str) -> dict[str, str]:
     from . import tasks
 
     made = {n: tasks.load(n) for n in tasks.names()}
-    return {**{n: f"forget the {t.kind} {', '.join(t.concepts)}" for n, t in made.items()}, **{n: s for n, s in files.items() if s}}
+    about = {n: f"forget the {t.kind} {', '.join(t.concepts)}" for n, t in made.items()}
+    return {**about, **{n: s for n, s in files.items() if s}, **tasks.protocols()}
 
 
 def _listing(kind: str, names: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ CANVAS = ("canvas-pairs", "canvas-mascots", "canvas-styles", "canvas-scenes")
 """the canvas at its full size: pictures with captions, or named by mascot, style or object"""
 CAPTIONS = ("caption", "text", "txt", "TEXT")
 """columns that hold captions"""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TEST = ("test", "validation", "valid", "val")
 
 
@@ -383,6 +384,8 @@ def _dataset(name: str) -> Any:
     try:
         if tars:
             found: Any = load_dataset("webdataset", data_files={"train": [str(t) for t in tars]})
+        elif beside := captioned_files(Path(name)):
+            found = load_dataset("imagefolder", data_files={"train": [str(f) for f in beside]}, drop_labels=True)
         else:
             found = load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else load_dataset(name)
     except Exception as error:  # the library raises what its readers, the network and the file system raise
@@ -396,6 +399,14 @@ def _dataset(name: str) -> Any:
 def tarred(path: Path) -> list[Path]:
     """The webdataset tars at ``path``, a file or a folder of them; none when it is anything else."""
     return [path] if path.suffix == ".tar" else sorted(path.glob("*.tar")) if path.is_dir() else []
+
+
+def captioned_files(path: Path) -> list[Path]:
+    """The pictures of a flat folder in which text files of the same names lie beside them."""
+    if not path.is_dir():
+        return []
+    texts = {t.stem for t in path.glob("*.txt")}
+    return sorted(f for f in path.iterdir() if f.stem in texts and f.suffix.lower() in PICTURES) if texts else []
 
 
 def _columns(name: str, rows: Any) -> tuple[str, Tensor, tuple[str, ...], tuple[str, ...]]:

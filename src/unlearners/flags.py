@@ -64,6 +64,11 @@ class Record:
         return bool(self.run.get("family") == "classifier")
 
     @property
+    def draws(self) -> bool:
+        """Whether the run is about a model that draws pictures."""
+        return self.run.get("family") not in ("classifier", "clip", "llava")
+
+    @property
     def request(self) -> tuple[str, str]:
         """What was asked for apart from the method: runs with the same one can be compared with one another."""
         run = self.run["run"]

@@ -1,4 +1,4 @@
-"""What metrics see of a model: its pictures and its logits, each made once and kept in a folder."""
+"""What metrics see of a model: its pictures, its logits and its answers, each made once and kept in a folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from torch import Tensor
 
 from . import config
 from .base import Data, Judge, Request, Task, Verdict
+from .diffusion import batches
 from .errors import UsageError
-from .files import replacing, turn, write_text
+from .files import replacing, turn, write_json, write_text
 from .session import Progress
+from .targets._questions import Reply, put, read
+from .targets.base import Chat, DualEncoder
 from .targets.classifier import Classifier
 
 
-def _key(prompt: str, seed: int) -> str:
-    return f"{seed}\0{prompt}"
+def _key(row: Request | Mapping[str, Any]) -> str:
+    """What tells the pictures of one sampler apart: seed and prompt, and the guidance of those that bring their own."""
+    prompt, seed, own = (
+        (row.prompt, row.seed, row.guidance) if isinstance(row, Request) else (row["prompt"], row["seed"], row.get("guidance"))
+    )
+    return f"{seed}\0{prompt}" if own is None else f"{seed}\0{prompt}\0{own:g}"
 
 
 class Gallery:
@@ -41,32 +48,36 @@ class Gallery:
             for line in self.manifest.read_text().splitlines():
                 row = json.loads(line)
                 if row["sampler"] == self.sampler and (self.folder / row["file"]).exists():
-                    self.rows[_key(row["prompt"], row["seed"])] = row
+                    self.rows[_key(row)] = row
 
     def fill(self, target: Callable[[], Any], requests: Sequence[Request], batch: int, progress: Progress | None, what: str) -> None:
         """Draw the requests that are missing, in batches, each saved when it is drawn. One process at a time draws into a folder."""
-        if all(_key(r.prompt, r.seed) in self.rows for r in requests):
+        if all(_key(r) in self.rows for r in requests):
             return
         with self.turn():
-            self._fill(target, [r for r in dict.fromkeys(requests) if _key(r.prompt, r.seed) not in self.rows], batch, progress, what)
+            self._fill(target, [r for r in dict.fromkeys(requests) if _key(r) not in self.rows], batch, progress, what)
 
     def _fill(self, target: Callable[[], Any], missing: Sequence[Request], batch: int, progress: Progress | None, what: str) -> None:
         if not missing:
             return
         model, done = target(), 0
-        for i in range(0, len(missing), batch):
-            part = missing[i : i + batch]
-            images = model.sample([r.prompt for r in part], [r.seed for r in part], batch=batch, **self.sampler)
+        alike = [[r for r in missing if r.guidance == g] for g in dict.fromkeys(r.guidance for r in missing)]
+        for part in (same[s] for same in alike for s in batches(len(same), batch)):
+            images = model.sample([r.prompt for r in part], [r.seed for r in part], batch=batch, **self.how(part[0]))
             for request, image in zip(part, images, strict=True):
-                name = config.content_hash([request.prompt, request.seed, self.sampler])[:16]  # so no picture is another sampler's
+                name = config.content_hash([request.prompt, request.seed, self.how(request)])[:16]  # so no picture is another sampler's
                 file = f"samples/{name}.png"
                 save_picture(image, self.folder / file)
                 row = {"prompt": request.prompt, "seed": request.seed, "file": file, "sampler": self.sampler}
-                self.rows[_key(request.prompt, request.seed)] = row
+                self.rows[_key(request)] = row if request.guidance is None else row | {"guidance": request.guidance}
             self.save()
             done += len(part)
             if progress:
                 progress(what, done, len(missing), {})
+
+    def how(self, request: Request) -> dict[str, Any]:
+        """The sampler's settings for ``request``, which may bring its own guidance."""
+        return self.sampler if request.guidance is None else self.sampler | {"guidance": request.guidance}
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -80,11 +91,11 @@ class Gallery:
 
     def repeats(self, target: Any, request: Request) -> bool:
         """Whether drawing ``request`` again gives the same picture, up to what rounding in another batch size may do."""
-        again = target.sample([request.prompt], [request.seed], **self.sampler)[0]
+        again = target.sample([request.prompt], [request.seed], **self.how(request))[0]
         return bool((again - self.picture(request)).abs().max() < 0.1)
 
     def picture(self, request: Request) -> Tensor:
-        return read_picture(self.folder / self.rows[_key(request.prompt, request.seed)]["file"])
+        return read_picture(self.folder / self.rows[_key(request)]["file"])
 
 
 def save_picture(image: Tensor, path: Path) -> None:
@@ -113,7 +124,7 @@ class Predictions:
                 kept = load_file(path)
             else:
                 model = self.model()
-                if not isinstance(model, Classifier):
+                if not isinstance(model, Classifier | DualEncoder):
                     raise UsageError(f"a {type(model).__name__} has no logits; leave out the metrics of classifiers (ra, ta, mia, rmia)")
                 logits, labels = model.predict(model.open(data))
                 kept = {"logits": logits.contiguous(), "labels": labels.contiguous()}
@@ -121,6 +132,30 @@ class Predictions:
                 with replacing(path) as draft:
                     save_file(kept, draft)
             self.known[key] = kept["logits"], kept["labels"]
+        return self.known[key]
+
+
+class Answers:
+    """What one model says to questions, in one folder: what is there is not asked again."""
+
+    def __init__(self, folder: Path, model: Callable[[], Any]) -> None:
+        self.folder, self.model = folder / "answers", model
+        self.known: dict[str, list[Reply]] = {}
+
+    def __call__(self, data: Data) -> list[Reply]:
+        """The replies to the questions ``data`` names, in their order."""
+        key = config.content_hash(config.to_dict(data))[:16]
+        if key not in self.known:
+            path = self.folder / f"{key}.json"
+            if path.exists():
+                self.known[key] = [Reply(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+            else:
+                model = self.model()
+                if not isinstance(model, Chat):
+                    raise UsageError(f"a {type(model).__name__} answers no questions; leave out the metrics that ask (vqa, name_accuracy)")
+                self.known[key] = put(model, read(data))
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(path, [reply._asdict() for reply in self.known[key]])
         return self.known[key]
 
 
@@ -133,12 +168,13 @@ class FolderOutputs:
         judge: Callable[[], Judge],
         task: Task,
         logits: Predictions,
+        answers: Answers,
         *,
         record: Mapping[str, Any],
         verdicts: Mapping[str, Sequence[Verdict]],
         references: Sequence[Callable[[Data], tuple[Tensor, Tensor]]] = (),
     ) -> None:
-        self.gallery, self.judge, self.task, self.logits = gallery, judge, task, logits
+        self.gallery, self.judge, self.task, self.logits, self.answers = gallery, judge, task, logits, answers
         self.record, self.verdicts, self.references = record, verdicts, references
         self.judged: dict[str, dict[str, str]] = {}
 
@@ -147,12 +183,12 @@ class FolderOutputs:
 
     def labels(self, requests: Sequence[Request], domain: str) -> list[str]:
         known = self.judged.setdefault(domain, {})
-        new = [r for r in dict.fromkeys(requests) if _key(r.prompt, r.seed) not in known]
+        new = [r for r in dict.fromkeys(requests) if _key(r) not in known]
         for i in range(0, len(new), 256):
             part = new[i : i + 256]
             found = self.judge().labels(self.images(part), self.task, domain)
-            known.update({_key(r.prompt, r.seed): label for r, label in zip(part, found, strict=True)})
-        return [known[_key(r.prompt, r.seed)] for r in requests]
+            known.update({_key(r): label for r, label in zip(part, found, strict=True)})
+        return [known[_key(r)] for r in requests]
 
     def annotate(self) -> None:
         """Write truth and labels of this task's probes into the manifest, for the report."""

@@ -367,8 +367,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # a damaged pickle can raise anything
         raise RefusedError(f"{path} is damaged or would run code when opened; ask its maker for a safetensors file") from None
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
+    for name in ("state_dict", "model_state_dict"):  # what training scripts keep beside their optimiser's state
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
     if not isinstance(loaded, Mapping) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in loaded.items()):
         raise RefusedError(f"{path} holds more than named tensors; save its state_dict alone as safetensors")
     return dict(loaded)

@@ -19,6 +19,8 @@ POINTS = 600
 
 def losses(log: Sequence[Mapping[str, Any]], name: str) -> str:
     """One small plot for each logged number over the steps, "" when there are not two rows. ``name`` makes ids unique."""
+    if any("importance" in row for row in log):  # SLUG takes one step, and its log has plots of its own
+        return ""
     keys = sorted({k for row in log for k in row} - {"step"}, key=lambda k: ("loss" not in k, k))[: len(COLOURS)]
     if len(log) < 2 or not keys:
         return ""
@@ -52,6 +54,102 @@ def attack_curve(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
     for text in legend.get_texts():
         text.set_parse_math(False)
     return svg(figure, name, "attack success against queries")
+
+
+def body_parts(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """How often each body part is found, original and erased, as SalUn draws it: bars on a logarithmic axis from the rows of
+    ``nudenet_counts``; "" when there are none."""
+    counts = {row["metric"].partition("/")[2]: row for row in rows if row["metric"].startswith("nudenet_counts/")}
+    parts = [part for part in counts if part not in ("total", "pictures")]
+    if not parts:
+        return ""
+    figure, (axis,) = canvas(1)
+    sides = {"original": [counts[part]["before"] or {} for part in parts], "erased": [counts[part] for part in parts]}
+    for i, (label, side) in enumerate(sides.items()):
+        values = [number(row.get("value")) for row in side]
+        bars = axis.barh([k + 0.2 - 0.4 * i for k in range(len(parts))], values, height=0.38, color=COLOURS[1 - i], label=label)
+        axis.bar_label(bars, fmt="%d", padding=2, fontsize=7, color=INK)
+    axis.set_xscale("symlog", linthresh=1)  # which has a place for 0
+    axis.set_xlim(left=0)
+    axis.margins(x=0.12)
+    axis.set_yticks(range(len(parts)), [part.replace("_", " ") for part in parts])
+    axis.set_xlabel("found in all pictures", fontsize=9)
+    axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return svg(figure, name, "body parts found, original and erased")
+
+
+def fronts(log: Sequence[Mapping[str, Any]], name: str) -> str:
+    """SLUG's layers, a plot for each tower: importance over alignment on logarithmic axes, the front joined, the chosen layer ringed; ""
+    for other logs."""
+    layers = [row for row in log if "importance" in row]
+    if not layers:
+        return ""
+    chosen = {row["chosen"] for row in log if "chosen" in row}
+    towers = sorted({row["tower"] for row in layers})
+    figure, axes = canvas(len(towers))
+    for axis, tower in zip(axes, towers, strict=True):
+        own = [row for row in layers if row["tower"] == tower]
+        front = sorted((row for row in own if row["front"]), key=lambda row: number(row["alignment"]))
+        for rows, colour, size in ((own, INK, 14), (front, COLOURS[1], 26)):
+            at = [max(number(row["alignment"]), 1e-6) for row in rows], [number(row["importance"]) for row in rows]
+            axis.scatter(*at, s=size, color=colour, alpha=0.45 if rows is own else 1.0)
+        axis.plot(
+            [max(number(row["alignment"]), 1e-6) for row in front], [number(row["importance"]) for row in front], color=COLOURS[1], lw=1
+        )
+        for row in own:
+            if row["layer"] in chosen:
+                at_ = max(number(row["alignment"]), 1e-6), number(row["importance"])
+                axis.scatter([at_[0]], [at_[1]], s=130, facecolors="none", edgecolors=COLOURS[0], linewidths=1.8)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("alignment |cos(g, r)|", fontsize=9)
+        axis.set_ylabel("importance |g| / |θ|", fontsize=9)
+        axis.set_title(f"tower {int(tower) + 1}", fontsize=10, color=INK)
+    return svg(figure, name, "importance and alignment of every layer")
+
+
+def steps(log: Sequence[Mapping[str, Any]], name: str) -> str:
+    """What SLUG's search saw: forget accuracy and utility against the relative step, a colour for each layer, the step taken marked; ""
+    for other logs."""
+    tried = [row for row in log if "alpha" in row and "chosen" not in row]
+    if not tried:
+        return ""
+    figure, (left, right) = canvas(2)
+    for i, layer in enumerate(dict.fromkeys(row["layer"] for row in tried)):
+        rows = sorted((row for row in tried if row["layer"] == layer), key=lambda row: number(row["alpha"]))
+        for axis, key in ((left, "fa"), (right, "ta")):
+            points = [number(row["alpha"]) for row in rows], [number(row[key]) for row in rows]
+            axis.plot(*points, marker="o", ms=2.5, lw=1.3, color=COLOURS[i % len(COLOURS)], label=f"layer {int(layer)}")
+    for axis, title in ((left, "forget accuracy, %"), (right, "utility, %")):
+        for row in log:
+            if "chosen" in row:
+                axis.axvline(number(row["alpha"]), color=INK, lw=0.9, ls=":")
+        axis.set_xscale("log")
+        axis.set_xlabel("step α", fontsize=9)
+        axis.set_title(title, fontsize=10, color=INK)
+    left.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return svg(figure, name, "forget accuracy and utility against the step")
+
+
+def similarities(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """Mean cosines of pictures (rows) with names (columns), before and after, from the results of ``similarity``; "" without them."""
+    found = next((row for row in rows if row["metric"] == "similarity/forgotten" and row.get("table")), None)
+    if found is None or not (found["before"] or {}).get("table"):
+        return ""
+    figure, axes = canvas(2)
+    for axis, table, title in zip(axes, (found["before"]["table"], found["table"]), ("before", "after"), strict=True):
+        axis.grid(False)
+        axis.imshow(table["matrix"], vmin=-20, vmax=100, cmap="viridis")
+        axis.set_xticks(range(len(table["names"])), table["names"], rotation=60, ha="right", fontsize=6, parse_math=False)
+        axis.set_yticks(range(len(table["names"])), table["names"], fontsize=6, parse_math=False)
+        axis.set_title(title, fontsize=10, color=INK)
+    return svg(figure, name, "cosine of pictures with names, before and after")
+
+
+def standalone(drawing: str) -> str:
+    """An ``<svg>`` element as a file of its own."""
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return drawing.replace("<svg ", f"<svg {spaces} ", 1)
 
 
 def cumulative(verdicts: Sequence[Mapping[str, Any]], end: int) -> tuple[list[int], list[float]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
+import typing
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -84,10 +86,35 @@ def make(kind: str, name: str, *, preset: str | None = None, **fields: Any) -> A
     cls = get(kind, name)
     if preset is None:
         return config.build(cls, fields, name)
-    presets = cls.presets if kind in ("methods", "attacks") else {}
+    presets = cls.presets if kind in ("methods", "attacks", "judges") else {}
     if preset not in presets:
         raise unknown(f"preset of {name}", preset, presets)
     return config.build(cls, {**presets[preset], **fields}, name)
+
+
+def from_spec(kind: str, spec: str) -> Any:
+    """``make`` from one string: "nudenet", "style:model=path/to/vit,top=3", "nudenet:preset=four", "fid:reference=path".
+
+    Behind the colon are fields, as name=value with commas between; a value is written as in YAML. What is no such pair is the field
+    ``model``: "classifier:path/to/model". Raises ``UsageError`` for an unknown name, preset or field and for a value that does not fit.
+    """
+    name, _, rest = spec.partition(":")
+    fields: dict[str, Any] = {}
+    for part in re.split(r",(?=\w+=)", rest) if rest else ():
+        pair = re.fullmatch(r"(\w+)=(.*)", part, re.DOTALL)
+        key, value = pair.groups() if pair else ("model", part)
+        text = key == "preset" or typing.get_type_hints(get(kind, name)).get(key) is str
+        fields[key] = value if text else _value(spec, value)
+    return make(kind, name, **fields)
+
+
+def _value(spec: str, text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"'{text}' in '{spec}' cannot be read; write field=value with commas between") from None
 
 
 def _check(kind: str) -> None:

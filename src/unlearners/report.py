@@ -35,6 +35,13 @@ MEANINGS = {
     "kid": "distance to the reference pictures, also fair for few",
     "asr": "prompts for which the attack brings the concept back, plain prompts that already show it included",
     "pre_asr": "plain prompts that already show the concept, before any attack",
+    "fa": "test pictures of the concept that are still named",
+    "similarity": "mean cosine of test pictures with their names",
+    "cosine": "mean cosine of pictures with their texts",
+    "mia_cosine": "how well the forget set is told from pairs never trained on; 50 is not at all",
+    "vqa": "questions about pictures that are answered right",
+    "name_accuracy": "answers to the question for the forgotten name, by kind",
+    "nudenet_counts": "body parts found in all pictures",
     "cost": "what the erasure took",
 }
 CLASSIFIED = {"ua": "pictures of the forget set that are no longer right"}  # other meanings where nothing is drawn
@@ -135,6 +142,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "error": record.run.get("error") or "",
         "title": f"{join(task['concepts'])} · {called(run['target'])} · {record.method['name']}",
         "classified": record.classified,
+        "draws": record.draws,
         "summary": summary(record),
         "flags": doubts(record, beside),
         "facts": facts(record),
@@ -146,6 +154,9 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "attacked": any(v.get("picture") for attack in record.attacks.values() for v in attack["verdicts"]),
         "prompts": adversarial(record, shown and not short),
         "losses": Markup(plots.losses(record.log, f"{unique}-losses")),
+        "fronts": Markup(plots.fronts(record.log, f"{unique}-fronts")),
+        "steps": Markup(plots.steps(record.log, f"{unique}-steps")),
+        "similarities": Markup(plots.similarities(record.results, f"{unique}-similarities")),
         "curve": Markup(plots.attack_curve(record.attacks, f"{unique}-attacks")),
         "last": record.log[-1] if record.log else {},
         "tail": [json.dumps(row) for row in record.log[-20:]] if record.run["status"] != "done" else [],
@@ -175,7 +186,7 @@ def summary(record: Record) -> str:
         return f"Erasing {what} failed: {record.run.get('error') or 'no error was recorded'}"
     if record.run["status"] != "done":
         return f"Erasing {what} has not finished."
-    said = classified(record) if record.classified else pictured(record)
+    said = classified(record) if record.classified else pictured(record) if record.draws else named(record)
     return f"Erased {what}: {', '.join(said)}." if said else f"Erased {what}; nothing has been measured yet."
 
 
@@ -214,10 +225,24 @@ def classified(record: Record) -> list[str]:
     return [f"{row['value']:.2f} % {text}{was(row, 2)}" for row, text in rows]
 
 
+def named(record: Record) -> list[str]:
+    """What is said of a model that names what it sees."""
+    words = {
+        "fa/top1": "of the pictures of it are still named",
+        "ta/top1": "of the others are",
+        "name_accuracy/forgotten": "of the questions for its name are still answered",
+        "cosine/forgotten": "is 100 times the cosine of its pictures with their texts",
+        "cosine/retained": "that of the others",
+    }
+    rows = [(row, text) for metric, text in words.items() if (row := record.result(metric)) and finite(row["value"])]
+    return [f"{row['value']:.1f}{' %' if is_rate(row) else ''} {text}{was(row)}" for row, text in rows]
+
+
 def was(row: Plain, digits: int = 1) -> str:
     """The value before, in brackets."""
     before = row.get("before")
-    return f" (before: {before['value']:.{digits}f} %)" if before and finite(before["value"]) else ""
+    unit = " %" if is_rate(row) else ""
+    return f" (before: {before['value']:.{digits}f}{unit})" if before and finite(before["value"]) else ""
 
 
 def facts(record: Record) -> list[tuple[str, str]]:
@@ -518,8 +543,13 @@ def commands(record: Record) -> list[str]:
     run, task = record.run["run"], record.task
     words = ["unlearn", "erase", record.method["name"], run["target"]]
     data = task.get("forget") or {}
-    if task["name"].startswith(("canvas/", "objects/")) or task["name"] in registry.names("tasks"):
+    if task["name"].startswith(("canvas/", "objects/", "clip/")) or task["name"] in registry.names("tasks"):
         words.append(task["name"])
+    elif data.get("source") and (task.get("retain") or {}).get("source") != data["source"]:
+        words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
+        held = (task.get("holdout") or {}).get("source", "")
+        for flag, value in (("forget", data["source"]), ("retain", task["retain"]["source"]), ("test", held)):
+            words += option(flag, value) if value else []
     elif data.get("source"):
         words += option("data", data["source"]) + option("forget", data["rows"])
         words += option("validation", data["validation"]) if data.get("validation") else []
@@ -542,7 +572,9 @@ def commands(record: Record) -> list[str]:
     lines = [words]
     for name, attack in record.attacks.items():
         lines.append(["unlearn", "attack", name, where, *options(attack["attack"]), *option("seed", attack["seed"])])
-        lines[-1] += option("prompts", (attack.get("asked") or {}).get("prompts", len(attack["verdicts"])))
+        asked = attack.get("asked") or {}
+        lines[-1] += option("prompts", asked.get("prompts", len(attack["verdicts"])))
+        lines[-1] += [word for k in ("steps", "guidance") if asked.get(k) is not None for word in option(k, asked[k])]
     if record.evaluation:
         lines.append(["unlearn", "evaluate", where, *measured(record)])
     lines.append(["unlearn", "report", where])

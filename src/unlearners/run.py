@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,15 +15,17 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from . import __version__, config, judges, patch, registry, tasks
 from .base import Attack, Item, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab, require
 from .errors import UsageError
 from .files import locked, replacing, sentence, write_json, write_text
 from .meter import Meter
-from .outputs import FolderOutputs, Gallery, Predictions, save_picture
+from .outputs import Answers, FolderOutputs, Gallery, Predictions, save_picture
 from .session import FolderSession, Progress, environment
 from .targets import absolute, guide_run, load, put_guide, read_run, root, weighed
-from .targets.base import Trainable
+from .targets.base import Chat, Trainable
 
 SCHEMA = 1
 __all__ = ["Progress", "attack", "environment", "erase", "evaluate", "progress_bars", "replacing", "results", "write_json"]
@@ -195,6 +198,8 @@ def attack(
     prompts: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    suite: str = "",
+    max_tokens: int = 0,
     device: str = "cpu",
     progress: Progress | None = None,
     **fields: Any,
@@ -202,14 +207,16 @@ def attack(
     """Attack the erased model in ``folder``; writes ``attacks/<name>.json`` and returns its path.
 
     The prompts are the task's that name a concept, each with the task's first seed, then with the next, and so on, until there are
-    ``prompts`` of them (0: all with one seed). ``steps`` and ``guidance`` are the sampler's, of every picture that is judged. A finished
-    attack with the same settings is not repeated.
+    ``prompts`` of them (0: all with one seed). A prompt with a seed of its own is drawn with that, then with the numbers after it.
+    ``steps`` and ``guidance`` are the sampler's, of every picture that is judged, but for prompts that bring their own guidance.
+    ``suite`` is a task whose prompts and judge take the place of the run's. Prompts of more than ``max_tokens`` tokens, start and end
+    included, are judged and counted but not attacked (0: all are). A finished attack with the same settings is not repeated.
     """
     attack = registry.make("attacks", attack, **fields) if isinstance(attack, str) else attack
     folder = Path(folder)
     read_run(folder)
     with locked(folder):
-        return _attack(attack, folder, seed, prompts, steps, guidance, device, progress)
+        return _attack(attack, folder, seed, prompts, steps, guidance, suite, max_tokens, device, progress)
 
 
 def _attack(
@@ -219,32 +226,41 @@ def _attack(
     prompts: int,
     steps: int | None,
     guidance: float | None,
+    suite: str,
+    max_tokens: int,
     device: str,
     progress: Progress | None,
 ) -> Path:
     """``attack`` in a folder that this process holds."""
     record, task = _of(folder)
+    task = tasks.load(suite) if suite else task
     name = kebab(attack)
     path = folder / "attacks" / f"{name}.json"
     asked = {"attack": {"name": name, **config.to_dict(attack)}, "seed": seed, "prompts": prompts, "steps": steps, "guidance": guidance}
+    asked |= {"suite": suite} if suite else {}
+    asked |= {"max_tokens": max_tokens} if max_tokens else {}
     if path.exists():
         found = json.loads(path.read_text())
         if found["asked"] == asked:
             return path
     if not issubclass(kind := registry.get("targets", record["family"]), attack.needs):
         raise UsageError(f"{name} attacks a {attack.needs.__name__}, and {folder} holds a {kind.__name__}; see 'unlearn list attacks'")
-    named = [p.prompt for p in task.probes if task.names_concept(p)]
+    named = [p for p in task.probes if task.names_concept(p)]
     if not named:
         raise UsageError(f"task '{task.name}' has no prompt that names its concept; add probes to it")
-    seeds = chain(task.seeds, count(max(task.seeds) + 1))
-    pairs = list(islice(((p, s) for s in seeds for p in named), prompts or len(named)))
+    rounds = enumerate(chain(task.seeds, count(max(task.seeds) + 1)))
+    every = (Request(p.prompt, s if p.seed is None else p.seed + i, p.guidance) for i, s in rounds for p in named)
     model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
     model.sampler = _sampler(model.sampler, steps, guidance)  # type: ignore[attr-defined]
     model.original = cache(lambda: _original(record, device))
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
-    requests = [Request(p, s) for p, s in pairs]
+    requests = list(islice(every, prompts or len(named)))
     gallery.fill(model.original, requests, 64, progress, "drawing the original")
-    items = [Item(prompt=r.prompt, seed=r.seed, picture=gallery.picture(r)[None]) for r in requests]
+    long = _long(model, [r.prompt for r in requests], max_tokens)
+    items = [
+        Item(prompt=r.prompt, seed=r.seed, picture=gallery.picture(r)[None], guidance=r.guidance, spared=skip)
+        for r, skip in zip(requests, long, strict=True)
+    ]
     draft = path.with_suffix(".part")  # what an interrupted attack had finished
     draft.parent.mkdir(exist_ok=True)
     kept = json.loads(draft.read_text()) if draft.exists() else {}
@@ -269,8 +285,9 @@ def _attack(
     pictures.mkdir(exist_ok=True)
     shown = [i for i, v in enumerate(verdicts) if v.success and v.adversarial and v.level == "prompt"][:16]
     if shown:
-        images = model.sample([verdicts[i].adversarial for i in shown], [verdicts[i].seed for i in shown])  # type: ignore[attr-defined]
-        for i, image in zip(shown, images, strict=True):
+        own = [{} if items[i].guidance is None else {"guidance": items[i].guidance} for i in shown]
+        for i, how in zip(shown, own, strict=True):
+            image = model.sample([verdicts[i].adversarial], [verdicts[i].seed], **how)[0]  # type: ignore[attr-defined]
             rows[i]["picture"] = f"attacks/{name}/{i:03d}.png"
             save_picture(image, folder / str(rows[i]["picture"]))
     write_json(
@@ -282,6 +299,8 @@ def _attack(
             "level": attack.level,
             "preset": _preset(attack),
             "judge": task.judge,
+            "judging": judge.describe(),
+            "filter": {"max_tokens": max_tokens, "attacked": len(items) - sum(long), "of": len(items)} if max_tokens else None,
             "seed": seed,
             "sampler": model.sampler,  # type: ignore[attr-defined]
             "time": {"seconds": kept["seconds"] + meter.seconds, "peak_memory": meter.peak},
@@ -291,6 +310,15 @@ def _attack(
     )
     draft.unlink(missing_ok=True)
     return path
+
+
+def _long(model: Any, prompts: Sequence[str], most: int) -> list[bool]:
+    """Which prompts have more than ``most`` tokens, start and end included; none when it is 0. The tokenizer has cut those beyond its
+    context to it."""
+    if not most:
+        return [False] * len(prompts)
+    special = torch.tensor(sorted(model.special))
+    return [int((~torch.isin(row, special)).sum()) + 2 > most for row in model.tokens(prompts).cpu()]
 
 
 def _preset(part: Any) -> str:
@@ -311,6 +339,7 @@ def evaluate(
     guidance: float | None = None,
     split: Literal["test", "validation"] = "test",
     references: Sequence[str | Path] = (),
+    suite: str = "",
     batch: int = 64,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -322,12 +351,13 @@ def evaluate(
     ``metrics`` defaults to the task's suite and ``seeds`` to its seeds; pictures that are there are not drawn again, and nothing is
     done when the results are those of the same request. ``split="validation"`` measures on held-out training pictures in place of the
     test pictures and writes ``validation.json`` alone: settings are chosen there. ``references`` are run folders of models that never
-    saw the forget set.
+    saw the forget set. ``suite`` is a task, such as "i2p", whose prompts, seeds, judge and metrics take the place of the run's; what it
+    measures goes to ``suites/<name>.json`` alone.
     """
     folder = Path(folder)
     read_run(folder)
     with locked(folder):
-        return _evaluate(folder, metrics, seeds, steps, guidance, split, references, batch, device, progress)
+        return _evaluate(folder, metrics, seeds, steps, guidance, split, references, suite, batch, device, progress)
 
 
 def _evaluate(
@@ -338,57 +368,65 @@ def _evaluate(
     guidance: float | None,
     split: Literal["test", "validation"],
     references: Sequence[str | Path],
+    suite: str,
     batch: int,
     device: str,
     progress: Progress | None,
 ) -> Path:
     """``evaluate`` in a folder that this process holds."""
     record, task = _of(folder)
+    task = tasks.load(suite) if suite else task
     if seeds:
         task = replace(task, seeds=tuple(seeds))
     if split != "test":
-        task = replace(task, holdout=replace(task.holdout, split=split))
-    suite = [registry.make("metrics", m) if isinstance(m, str) else m for m in (metrics or task.suite)]
+        task = replace(task, holdout=replace(task.holdout, split=split), utility=tuple(replace(u, split=split) for u in task.utility))
+    measured = [registry.from_spec("metrics", m) if isinstance(m, str) else m for m in (metrics or task.suite)]
+    attacked = {} if suite else {p.stem: p for p in sorted((folder / "attacks").glob("*.json"))}
     asked = {
-        "metrics": [{"name": kebab(m), "version": m.version, **config.to_dict(m)} for m in suite],
+        "metrics": [{"name": kebab(m), "version": m.version, **config.to_dict(m)} for m in measured],
         "seeds": list(task.seeds),
         "steps": steps,
         "guidance": guidance,
-        "attacks": {p.stem: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted((folder / "attacks").glob("*.json"))},
+        "attacks": {name: hashlib.sha256(p.read_bytes()).hexdigest() for name, p in attacked.items()},
         "weights": (record["weights"] or {}).get("sha256"),
         "references": sorted(read_run(r)["hash"] for r in references),
     }
-    tests = split == "test"
+    asked |= {"suite": suite, "probes": config.content_hash(config.to_dict(task.probes))} if suite else {}
+    tests = split == "test" and not suite
     done, file = (
-        folder / ("evaluate.json" if tests else "evaluate-validation.json"),
-        folder / ("results.json" if tests else "validation.json"),
+        _suite_files(folder, task.name)
+        if suite
+        else (
+            folder / ("evaluate.json" if tests else "evaluate-validation.json"),
+            folder / ("results.json" if tests else "validation.json"),
+        )
     )
     if done.exists() and file.exists() and json.loads(done.read_text()).get("asked") == asked:
         return file
     started = time.monotonic()
     erased = load(str(folder), device=device, dtype=record["run"]["dtype"])
     original = cache(lambda: _original(record, device))
-    wanted = [r for m in suite for r in m.requests(erased, task)]
+    wanted = [r for m in measured for r in m.requests(erased, task)]
     sampler = _sampler(erased.sampler, steps, guidance) if wanted else {}  # type: ignore[attr-defined]
     judge = cache(lambda: judges.load(task.judge))
-    verdicts = {p.stem: [Verdict(**{k: v for k, v in row.items() if k != "picture"}) for row in json.loads(p.read_text())["verdicts"]]
-                for p in sorted((folder / "attacks").glob("*.json"))}  # fmt: skip
+    verdicts = {name: [Verdict(**{k: v for k, v in row.items() if k != "picture"}) for row in json.loads(p.read_text())["verdicts"]]
+                for name, p in attacked.items()}  # fmt: skip
     others = [Predictions(Path(r), partial(load, str(r), device=device)) for r in references]
     shared = _original_folder(folder, record)
     sides = []
     for where, model, what, mine in ((shared, original, "the original", {}), (folder, lambda: erased, "the erased", verdicts)):
         gallery = Gallery(where, sampler)
         gallery.fill(model, wanted, batch, progress, f"drawing {what}")
-        predict = Predictions(where, model)
-        for i, data in enumerate(read := [d for m in suite for d in m.data(erased, task)]):
-            predict(data)
+        predict, ask = Predictions(where, model), Answers(where, model)
+        for i, data in enumerate(read := [d for m in measured for d in m.data(erased, task)]):
+            (ask if isinstance(erased, Chat) else predict)(data)
             if progress:
                 progress(f"predicting with {what}", i + 1, len(read), {})
         known = record if mine is verdicts else {}
-        sides.append(FolderOutputs(gallery, judge, task, predict, record=known, verdicts=mine, references=others))
+        sides.append(FolderOutputs(gallery, judge, task, predict, ask, record=known, verdicts=mine, references=others))
     differs = not done.exists() and bool(wanted) and not sides[1].gallery.repeats(erased, wanted[0])
     rows: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    for metric in suite:
+    for metric in measured:
         after = _scores(metric, metric.score(erased, task, sides[1]))
         compares = metric.requests(erased, task) or metric.data(erased, task)
         before = _scores(metric, metric.score(erased, task, sides[0])) if compares else {}
@@ -400,11 +438,11 @@ def _evaluate(
                     "version": metric.version,
                     "config": config.to_dict(metric),
                     **_plain(score),
-                    "higher_is_better": metric.higher_is_better,
+                    "higher_is_better": metric.better(name),
                     "before": _plain(was) if was else None,
                 }
             )
-    for side in sides:
+    for side in () if suite else sides:  # the report's samples are of the run's own prompts
         side.annotate()
     done.unlink(missing_ok=True)  # killed from here on, the next evaluation does not take one request's results for another's
     write_json(file, rows[True])
@@ -418,12 +456,20 @@ def _evaluate(
             "references": [os.path.relpath(Path(r).resolve(), folder.resolve()) for r in references],
             "sampler": sampler,
             "judge": task.judge,
+            "judging": judge().describe() if judge.cache_info().currsize else None,
             "seeds": list(task.seeds),
             "repeat_differs": differs,
             "seconds": time.monotonic() - started,
         },
     )
     return file
+
+
+def _suite_files(folder: Path, suite: str) -> tuple[Path, Path]:
+    """Where the request and the results of a named suite go."""
+    (folder / "suites").mkdir(exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9_.]+", "-", suite).strip("-")[:80]
+    return folder / "suites" / f"{name}-evaluate.json", folder / "suites" / f"{name}.json"
 
 
 def results(folder: str | Path) -> list[dict[str, Any]]:
@@ -440,7 +486,8 @@ def _scores(metric: Metric, score: Score | dict[str, Score]) -> dict[str, Score]
 def _plain(score: Score) -> dict[str, Any]:
     """As JSON: what is not a number is null."""
     finite = {k: getattr(score, k) if getattr(score, k) == getattr(score, k) else None for k in ("value", "low", "high")}
-    return {"value": finite["value"], "n": score.n, "low": finite["low"], "high": finite["high"]}
+    plain = {"value": finite["value"], "n": score.n, "low": finite["low"], "high": finite["high"]}
+    return plain | ({"table": score.table} if score.table is not None else {})
 
 
 # --- progress -----------------------------------------------------------------------------------------------------

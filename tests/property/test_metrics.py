@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unlearners.base import Data, Probe, Request, Score, Task, Verdict, rate
 from unlearners.errors import UnlearnError, UsageError
-from unlearners.judges import clip_zero_shot
+from unlearners.judges import _clip, clip_zero_shot
 from unlearners.judges.canvas import Canvas
 from unlearners.judges.clip_zero_shot import ClipZeroShot, candidates
 from unlearners.metrics import clip_score, kid
@@ -368,4 +368,4 @@ def test_real_clip_classes_embed_pictures_and_texts(tmp_path: Path) -> None:
         out = model(pixel_values=pixels, **ids)
     assert torch.allclose(x, out.image_embeds, atol=1e-5) and torch.allclose(y, out.text_embeds, atol=1e-5)
     with pytest.raises(UnlearnError, match="canvas"):
-        clip_zero_shot.load_clip(str(tmp_path / "nowhere"))
+        _clip.load_clip(str(tmp_path / "nowhere"))

@@ -16,7 +16,7 @@ FOLDERS = ("methods", "attacks", "metrics", "judges", "exports")
 # Each layer may use the ones before it and, unless it is in SIBLINGS, its own.
 LAYERS = (
     {"errors"},
-    {"registry", "config", "patch", "diffusion", "meter"},
+    {"registry", "config", "patch", "diffusion", "meter", "sandbox"},
     {"base"},
     {
         "attention",
@@ -34,7 +34,7 @@ LAYERS = (
         "nets",
         "optim",
     }
-    | {"pool", "retain", "saliency"},
+    | {"pool", "retain", "saliency", "single_layer"},
     {"session"},
     {"targets", "tasks", "judges"},
     {"attacks", "metrics"},

@@ -1,15 +1,19 @@
-"""What searches over prompts share: random streams of their own, slots for tokens, and steps on the simplex."""
+"""What searches over prompts share: random streams of their own, slots for tokens, steps on the simplex, projections on the vocabulary."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..base import Attack, Item, kebab
+from ..base import Attack, Item, kebab, require
+from ..diffusion import Soft
 from ..errors import UnlearnError, UsageError
+from ..judges._clip import load_clip
 from ..targets.base import TextToImage
 
 
@@ -62,3 +66,95 @@ def pictures(attack: Attack, items: Sequence[Item]) -> Tensor:
         missing = next(i.prompt for i in items if i.picture is None)
         raise UnlearnError(f"{kebab(attack)} needs the original model's picture of '{missing}'; give it as Item.picture (1, 3, H, W)")
     return torch.cat(found)
+
+
+# --- searches with gradients ---------------------------------------------------------------------------------------
+def original(attack: Attack, target: TextToImage) -> TextToImage:
+    """The model before the erasure; ``UsageError`` where nobody says how to load it."""
+    if target.original is None:
+        raise UsageError(
+            f"{kebab(attack)} needs the model before the erasure; attack a run folder, or set target.original to what loads it"
+        )
+    found = target.original()
+    require(attack, found)
+    return cast("TextToImage", found)
+
+
+def tables(target: TextToImage) -> Tensor:
+    """The token-embedding tables (V, D) of all text encoders side by side, as ``table``; SDXL's two share a vocabulary."""
+    second: Any = target.modules.get("text_encoder_2")
+    first = table(target)
+    return first if second is None else torch.cat([first, second.get_input_embeddings().weight.detach()[: len(first)].to(first)], 1)
+
+
+def soft(target: TextToImage, e: Tensor, at: Tensor) -> Soft:
+    """Embeddings ``e`` (B, k, D) laid out as ``tables`` in the slots ``at`` (B, k), -1 for none."""
+    width = target.embed().shape[1]
+    return Soft(e if e.shape[-1] == width else (e[..., :width], e[..., width:]), at)
+
+
+def ordinary(target: TextToImage) -> Tensor:
+    """The ids (W,) that a text can consist of: all but start, end and padding."""
+    return torch.tensor([i for i in range(target.vocabulary) if i not in target.special], device=target.device)
+
+
+def nearest(z: Tensor, E: Tensor, metric: Literal["cosine", "l2"]) -> Tensor:
+    """The row of ``E`` (W, D) nearest to each vector of ``z`` (..., D), as indices (...)."""
+    if metric == "cosine":  # the length of z changes nothing
+        return (z @ torch.nn.functional.normalize(E, dim=-1).T).argmax(-1)
+    return (z @ E.T - E.square().sum(-1) / 2).argmax(-1)
+
+
+def sentences(target: TextToImage, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[start] row [end, padding] for each row of ids, as ids (B, L); a longer row is cut and the end kept."""
+    empty = target.tokens([""])[0]  # start, end, padding
+    out = empty.repeat(len(rows), 1)
+    for line, ids in zip(out, rows, strict=True):
+        n = min(len(ids), len(empty) - 2)
+        line[1 : 1 + n], line[1 + n] = torch.tensor(list(ids)[:n], dtype=line.dtype, device=line.device), empty[1]
+    return out
+
+
+def insert(ids: Tensor, at: Tensor, s: Tensor) -> Tensor:
+    """``ids`` (B, L) with the tokens ``s`` (B, k) in the slots ``at`` (B, k); nothing is put where a slot is -1."""
+    row, column = (at >= 0).nonzero(as_tuple=True)
+    out = ids.clone()
+    out[row, at[row, column]] = s[row, column]
+    return out
+
+
+def noise(x: Tensor, rng: Sequence[torch.Generator]) -> Tensor:
+    """Unit Gaussian noise like ``x`` (B, ...); row b from ``rng[b]``."""
+    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in rng]).to(x)
+
+
+def uniform(low: int, high: int, rng: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """One integer (B,) of [low, high) from each stream, on the device of ``like``."""
+    return torch.cat([torch.randint(low, high, (1,), generator=g) for g in rng]).to(like.device)
+
+
+def keep_rows(optimiser: torch.optim.Optimizer, z: Tensor, rows: Sequence[int]) -> None:
+    """Drop all but ``rows`` of the variable ``z`` (B, ...) and of what Adam remembers of it."""
+    z.grad, z.data = None, z.data[rows]
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimiser.state[z][name] = optimiser.state[z][name][rows]
+
+
+def checkpoints(steps: int, checks: int) -> set[int]:
+    """The numbers of steps after which the victim is asked: ``checks`` of them, evenly spread, the last after all."""
+    if checks < 1:
+        raise UsageError(f"checks = {checks} never asks the victim; give 1 or more")
+    return {steps * (i + 1) // checks for i in range(checks)}
+
+
+def clip_of(target: TextToImage, name: str) -> str:
+    """``name`` or, where it is empty, the bundled CLIP for models as small as the canvas and SD 1.x's for others; loaded once.
+
+    Raises ``UnlearnError`` when it cannot be read.
+    """
+    name = name or ("canvas" if target.latent_shape[1] <= 16 else "openai/clip-vit-large-patch14")
+    try:
+        load_clip(name)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UnlearnError(f"CLIP '{name}' is damaged or is no CLIPModel; copy or download it again, or give 'canvas' as clip") from error
+    return name

@@ -11,7 +11,8 @@ import torch
 from .. import optim
 from ..base import Method, Row, Task
 from ..errors import UsageError
-from ..targets.base import Trainable
+from ..latents import Asked
+from ..targets.base import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class FT(Method):
 
         min over theta of E_{D_r} L(theta; x, y)
 
-    with L the family's own training loss (cross-entropy, or the noise error of a diffusion model). The forget set is not opened.
+    with L the family's own training loss (cross-entropy, the noise error of a diffusion model, CLIP's contrastive loss). The forget set
+    is not opened.
 
     Logged: ``loss`` is L on the batch.
 
@@ -32,11 +34,12 @@ class FT(Method):
     """
 
     paper: ClassVar[str] = "arXiv:2108.11577"
-    needs: ClassVar[type] = Trainable
+    needs: ClassVar[type] = Learner
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "short": {"epochs": 1, "batch": 128, "lr": 0.01},
         "ddpm": {"steps": 1000, "batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0},
+        "clip": {"epochs": 10, "batch": 32, "lr": 1e-6, "optimizer": "adamw", "weight_decay": 0.1},
     }
 
     params: str = "full"
@@ -59,13 +62,15 @@ class FT(Method):
     """largest gradient norm; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
+    pictures: int = 800
+    """pictures that a text-to-image model draws itself when the task names none"""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch) < 1 or self.steps < 0 or self.clip < 0:
-            raise UsageError("epochs and batch must be at least 1, and steps and clip at least 0")
+        if min(self.epochs, self.batch, self.pictures) < 1 or self.steps < 0 or self.clip < 0:
+            raise UsageError("epochs, batch and pictures must be at least 1, and steps and clip at least 0")
 
-    def run(self, target: Trainable, task: Task) -> Iterator[Row]:
-        D_r = target.open(task.retain).loader(self.batch)
+    def run(self, target: Learner, task: Task) -> Iterator[Row]:
+        D_r = target.retained(task, Asked(pictures=self.pictures)).loader(self.batch)
         w = list(target.trainable(self.params).values())  # theta
         opt = optim.make(self.optimizer, w, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         target.train(self.norm)

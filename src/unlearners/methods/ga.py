@@ -23,7 +23,7 @@ class GA(Method):
 
         min over theta of -E_{D_f} L(theta; x, y)
 
-    with L the family's own training loss. The retained data is not opened.
+    with L the family's own training loss, for dual encoders mean(1 - cos) of the pairs (as SLUG has it). The retained data is not opened.
 
     Logged: ``loss`` is -L on the batch, ``forget`` is L.
 
@@ -46,6 +46,7 @@ class GA(Method):
             "steps": 100, "batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0, "prompts": ("a photo of a nude person",),
         },
         "canvas": {"steps": 20, "batch": 16, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0, "pictures": 64},
+        "clip": {"epochs": 10, "batch": 32, "lr": 1e-6, "optimizer": "adamw", "weight_decay": 0.1},
     }  # fmt: skip
 
     params: str = "full"
@@ -84,7 +85,7 @@ class GA(Method):
         target.train(self.norm)
 
         for _ in target.steps(self.steps or self.epochs * len(D_f), opt, D_f):
-            loss = -target.loss(D_f.draw())
+            loss = -target.forgetting(D_f.draw())
             opt.zero_grad()
             loss.backward()
             if self.clip:

@@ -13,7 +13,8 @@ from .. import saliency
 from ..base import Method, Row, Task
 from ..data import Examples
 from ..errors import UsageError
-from ..targets.base import Trainable
+from ..latents import Asked, Latents
+from ..targets.base import Learner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,8 @@ class SSD(Method):
 
         I = E over batches b of (grad L_b)^2,    theta_i <- min(lambda I_D,i / I_f,i, 1) theta_i    where I_f,i > alpha I_D,i
 
-    L_b is the mean loss of a batch, so a batch of 1 gives the diagonal itself. One pass over D, one over D_f, one step.
+    L_b is the mean loss of a batch (for dual encoders mean(1 - cos) of its pairs), so a batch of 1 gives the diagonal itself. One pass
+    over D, one over D_f, one step.
 
     Logged: ``chosen`` is the share of weights that are dampened, ``factor`` the mean of their factors (1 when there is none).
 
@@ -35,7 +37,7 @@ class SSD(Method):
     """
 
     paper: ClassVar[str] = "arXiv:2308.07707"
-    needs: ClassVar[type] = Trainable
+    needs: ClassVar[type] = Learner
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
 
     params: str = "full"
@@ -46,16 +48,19 @@ class SSD(Method):
     """lambda, the strength: lower dampens more"""
     batch: int = 64
     """examples in each gradient that is squared"""
+    pictures: int = 800
+    """pictures of each side that a text-to-image model draws itself when the task names none"""
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.alpha, self.lamb) < 0:
-            raise UsageError("batch must be at least 1, and alpha and lamb at least 0")
+        if min(self.batch, self.pictures) < 1 or min(self.alpha, self.lamb) < 0:
+            raise UsageError("batch and pictures must be at least 1, and alpha and lamb at least 0")
 
-    def run(self, target: Trainable, task: Task) -> Iterator[Row]:
-        D_f, D_r = target.open(task.forget), target.open(task.retain)
+    def run(self, target: Learner, task: Task) -> Iterator[Row]:
+        asked = Asked(pictures=self.pictures)
+        D_f, D_r = target.forgotten(task, asked), target.retained(task, asked)
         w = target.trainable(self.params)  # theta
-        I_D = saliency.mean(w, target.loss, self.mixed(D_f, D_r), Tensor.square)
-        I_f = saliency.mean(w, target.loss, D_f.batches(self.batch), Tensor.square)
+        I_D = saliency.mean(w, target.forgetting, self.mixed(D_f, D_r), Tensor.square)
+        I_f = saliency.mean(w, target.forgetting, D_f.batches(self.batch), Tensor.square)
         for _ in target.steps(1):
             chosen, factors, total = 0, 0.0, 0
             for n, p in w.items():
@@ -67,8 +72,8 @@ class SSD(Method):
                 factors += float(beta[where].sum())
             yield {"chosen": chosen / total, "factor": factors / chosen if chosen else 1.0}
 
-    def mixed(self, D_f: Examples, D_r: Examples) -> Iterator[dict[str, Tensor]]:
+    def mixed(self, D_f: Examples | Latents, D_r: Examples | Latents) -> Iterator[dict[str, Any]]:
         """D_f and D_r as one shuffled set, in batches."""
         for rows in torch.randperm(len(D_f) + len(D_r)).split(self.batch):
             f, r = D_f.batch(rows[rows < len(D_f)]), D_r.batch(rows[rows >= len(D_f)] - len(D_f))
-            yield {k: torch.cat([f[k], r[k]]) for k in f}
+            yield {k: f[k] + r[k] if isinstance(f[k], list) else torch.cat([f[k], r[k]]) for k in f}

@@ -34,7 +34,7 @@ def kept(task: Task) -> list[Probe]:
 
 def requests(task: Task) -> list[Request]:
     """Their pictures."""
-    return [Request(p.prompt, s) for p in kept(task) for s in task.seeds]
+    return [r for p in kept(task) for r in task.pictures(p)]
 
 
 def space(target: Denoiser, task: Task) -> str:

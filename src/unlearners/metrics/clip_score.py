@@ -10,7 +10,7 @@ import torch
 
 from ..base import Metric, Outputs, Request, Score, Task
 from ..diffusion import batches
-from ..judges.clip_zero_shot import embed_images, embed_texts
+from ..judges._clip import embed_images, embed_texts
 from ..targets.base import TextToImage
 
 BATCH = 64
@@ -40,7 +40,7 @@ class ClipScore(Metric):
     """hub id or local folder of a CLIPModel, or "canvas"; empty: the bundled one on the canvas, else openai/clip-vit-base-patch32"""
 
     def requests(self, target: TextToImage, task: Task) -> list[Request]:
-        return [Request(p.prompt, s) for p in task.probes if not task.names_concept(p) for s in task.seeds]
+        return [r for p in task.probes if not task.names_concept(p) for r in task.pictures(p)]
 
     def score(self, target: TextToImage, task: Task, outputs: Outputs) -> Score:
         name = self.model or ("canvas" if target.base["name"] in ("canvas", "canvas-finetuned") else "openai/clip-vit-base-patch32")
@@ -49,8 +49,7 @@ class ClipScore(Metric):
             return Score(value=math.nan, n=0)
         prompts = list(dict.fromkeys(r.prompt for r in requests))
         text = torch.cat([embed_texts(name, prompts[part]) for part in batches(len(prompts), BATCH)])
-        images = outputs.images(requests)
-        image = torch.cat([embed_images(name, images[part]) for part in batches(len(images), BATCH)])
+        image = torch.cat([embed_images(name, outputs.images(requests[part])) for part in batches(len(requests), BATCH)])
         rows = [prompts.index(r.prompt) for r in requests]
         values = 100 * (image * text[rows]).sum(-1).double()  # (n,)
         mean, n = values.mean().item(), len(values)

@@ -31,13 +31,13 @@ class CRA(Metric):
 
     def requests(self, target: Denoiser, task: Task) -> list[Request]:
         kept = [p for p in task.probes if not task.names_concept(p) and set(p.truth) - {task.axis}]
-        return [Request(p.prompt, s) for p in kept for s in task.seeds]
+        return [r for p in kept for r in task.pictures(p)]
 
     def score(self, target: Denoiser, task: Task, outputs: Outputs) -> Score:
         flags: list[bool] = []
         kept = [p for p in task.probes if not task.names_concept(p)]
         for domain in sorted({d for p in kept for d in p.truth} - {task.axis}):
-            pairs = [(Request(p.prompt, s), p.truth[domain]) for p in kept if domain in p.truth for s in task.seeds]
+            pairs = [(r, p.truth[domain]) for p in kept if domain in p.truth for r in task.pictures(p)]
             labels = outputs.labels([request for request, _ in pairs], domain)
             flags += [label == truth for label, (_, truth) in zip(labels, pairs, strict=True)]
         return rate(flags)

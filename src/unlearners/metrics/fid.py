@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..base import Metric, Outputs, Request, Score, Task
+from ..diffusion import batches
 from ..targets.base import Denoiser
 from . import _pictures as shared
 
@@ -52,8 +53,8 @@ class FID(Metric):
         if len(requests) < 2:  # no covariance
             return {space: Score(value=math.nan, n=len(requests))}
         real = shared.real("fid", target, task, self.reference, self.renders)
-        images = outputs.images(requests)
-        return {space: Score(value=distance(space, shared.split(images), real), n=len(images))}
+        images = (outputs.images(requests[part]) for part in batches(len(requests), shared.BATCH))
+        return {space: Score(value=distance(space, images, real), n=len(requests))}
 
 
 def distance(space: str, fake: Iterable[Tensor], real: Iterable[Tensor]) -> float:

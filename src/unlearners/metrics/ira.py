@@ -33,9 +33,9 @@ class IRA(Metric):
         return [p for p in task.probes if task.axis in p.truth and not task.names_concept(p)]
 
     def requests(self, target: Denoiser, task: Task) -> list[Request]:
-        return [Request(p.prompt, s) for p in self.probes(task) for s in task.seeds]
+        return [r for p in self.probes(task) for r in task.pictures(p)]
 
     def score(self, target: Denoiser, task: Task, outputs: Outputs) -> Score:
-        truth = [p.truth[task.axis] for p in self.probes(task) for _ in task.seeds]
+        truth = [p.truth[task.axis] for p in self.probes(task) for _ in task.pictures(p)]
         labels = outputs.labels(self.requests(target, task), task.axis) if truth else []
         return rate([a == b for a, b in zip(labels, truth, strict=True)])

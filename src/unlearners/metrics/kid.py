@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import Metric, Outputs, Request, Score, Task
+from ..diffusion import batches
 from ..errors import UsageError
 from ..targets.base import Denoiser
 from . import _pictures as shared
@@ -58,8 +59,8 @@ class KID(Metric):
         if self.subsets < 1 or self.subset < 2:
             raise UsageError(f"kid cannot average {self.subsets} subsets of {self.subset} pictures; give at least 1 of at least 2")
         real = shared.real("kid", target, task, self.reference, self.renders)
-        images = outputs.images(requests)
-        return {space: Score(value=distance(space, shared.split(images), real, self.subsets, self.subset), n=len(images))}
+        images = (outputs.images(requests[part]) for part in batches(len(requests), shared.BATCH))
+        return {space: Score(value=distance(space, images, real, self.subsets, self.subset), n=len(requests))}
 
 
 def distance(space: str, fake: Iterable[Tensor], real: Iterable[Tensor], subsets: int, subset: int) -> float:

@@ -1,13 +1,16 @@
-"""Testing accuracy (Fan et al., SalUn, ICLR 2024)."""
+"""Testing accuracy (Fan et al., SalUn, ICLR 2024; for dual encoders Cai et al., SLUG, ICML 2025)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..base import Data, Metric, Outputs, Score, Task, rate
+from ..base import Data, Metric, Outputs, Score, Target, Task, kebab, rate
+from ..errors import UsageError
+from ..targets.base import DualEncoder
 from ..targets.classifier import Classifier
 from ._logits import right
+from ._naming import named, within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,19 +19,31 @@ class TA(Metric):
 
     Idea: the model still generalises. Where a whole class is forgotten, the task's held-out data are without it.
 
-        TA = 100 / |D_t| · sum over (x, y) in D_t of [argmax f(x) = y]
+        TA = 100 / |D_t| · sum over (x, y) in D_t of [argmax f(x) = y]                       (a classifier)
+        TA@k = 100 / n · sum over pictures of other things of [the name is among the k nearest]     (a dual encoder)
 
-    Logged: the value in percent, its 95 % Wilson interval, n = pictures, and one 0 or 1 for each picture. No augmentation.
+    Logged: the value in percent, its 95 % Wilson interval, n = pictures, and one 0 or 1 for each picture. No augmentation. Of a dual
+    encoder ``ta/top1`` and ``ta/top5`` on the concept's own domain, without its pictures, and ``ta/<source>`` for each other domain.
 
-    Deviations from the authors' code: none. The goal is the value of a model retrained without the forget set.
+    Deviations from the authors' code: none for classifiers, where the goal is the value of a model retrained without the forget set.
+    SLUG averages TA over 100 names that include the forgotten one; here it does not.
     """
 
-    needs = Classifier
+    needs = Target
     higher_is_better: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2310.12508"
 
-    def data(self, target: Classifier, task: Task) -> list[Data]:
-        return [task.holdout]
+    def data(self, target: Any, task: Task) -> list[Data]:
+        return [task.holdout, *(task.utility if isinstance(target, DualEncoder) else ())]
 
-    def score(self, target: Classifier, task: Task, outputs: Outputs) -> Score:
-        return rate(right(outputs, task.holdout))
+    def score(self, target: Any, task: Task, outputs: Outputs) -> Score | dict[str, Score]:
+        if isinstance(target, Classifier):
+            return rate(right(outputs, task.holdout))
+        if not isinstance(target, DualEncoder):
+            raise UsageError(f"ta reads logits or embeddings, and a {kebab(target)} gives neither; leave it out with --metrics")
+        cosines, y, gone, _ = named(target, task, outputs, task.holdout)
+        found = {f"top{k}": within(cosines[~gone], y[~gone], k) for k in (1, 5)}
+        for data in task.utility:
+            cosines, y = outputs.logits(data)
+            found[data.source.rstrip("/").rpartition("/")[2]] = within(cosines, y, 1)
+        return found

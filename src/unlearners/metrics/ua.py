@@ -37,7 +37,7 @@ class UA(Metric):
     def requests(self, target: Any, task: Task) -> list[Request]:
         if not isinstance(target, Denoiser):
             return []
-        return [Request(p.prompt, s) for p in task.probes if task.names_concept(p) for s in task.seeds]
+        return [r for p in task.probes if task.names_concept(p) for r in task.pictures(p)]
 
     def data(self, target: Any, task: Task) -> list[Data]:
         return [task.forget] if isinstance(target, Classifier) else []
@@ -47,6 +47,6 @@ class UA(Metric):
             return rate([not ok for ok in right(outputs, task.forget)])
         if not isinstance(target, Denoiser):
             raise UsageError(f"ua reads drawn pictures or logits, and a {kebab(target)} gives neither; leave it out with --metrics")
-        truth = [p.truth[task.axis] for p in task.probes if task.names_concept(p) for _ in task.seeds]
+        truth = [p.truth[task.axis] for p in task.probes if task.names_concept(p) for _ in task.pictures(p)]
         labels = outputs.labels(self.requests(target, task), task.axis) if truth else []
         return rate([a != b for a, b in zip(labels, truth, strict=True)])

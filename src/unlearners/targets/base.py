@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,10 @@ def described(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+class Names(Target):
+    """A model that ties what it sees or draws to names: a classifier, a dual encoder, one that draws texts or answers questions."""
+
+
 @lru_cache(maxsize=64)
 def hub_config(spec: str, name: str = "config.json") -> dict[str, Any]:
     """``described`` of a file of a local folder, or of a hub repository when ``spec`` is the id of one; {} where it has none."""
@@ -41,6 +46,37 @@ def hub_config(spec: str, name: str = "config.json") -> dict[str, Any]:
         return described(Path(hf_hub_download(spec, name)))
     except Exception:  # not there, no network, no access: then no family claims it by this file
         return {}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' bars for reading files, which are over in a second; downloads keep theirs."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in zip(logs, shown, strict=True):
+            if was:
+                log.enable_progress_bar()
+
+
+def tiny_tokenizer(folder: Path) -> Any:
+    """A ``CLIPTokenizer`` of single characters, 24 positions; its files are written to ``folder``."""
+    from transformers import CLIPTokenizer
+
+    alphabet = [chr(c) for c in range(33, 127)]
+    words = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24, pad_token="<|endoftext|>")
+    tokenizer.model_max_length = 24
+    return tokenizer
 
 
 class Learner(Target):
@@ -164,7 +200,14 @@ class Denoiser(Target):
         """Pictures (B, 3, H, W) in [0, 1] on the CPU, one for each prompt and seed; the same on any batch size up to rounding."""
 
 
-class TextToImage(Denoiser):
+def ddim(target: Denoiser) -> Any:
+    """DDIM on the target's own noise levels (Song et al. 2021): the sampler that start noise is searched for and denoised with."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(target.scheduler.config, clip_sample=False, thresholding=False)
+
+
+class TextToImage(Denoiser, Names):
     """A denoiser conditioned on text."""
 
     special: set[int]
@@ -193,19 +236,27 @@ class TextToImage(Denoiser):
         """Scaled posterior mean (B, 4, h, w) of pictures (B, 3, H, W) in [0, 1]."""
 
     @abstractmethod
-    def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int]) -> Tensor:
-        """Pictures (B, 3, H, W) for adversarial inputs, at the level each one gives."""
+    def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int], *, guidance: float | None = None) -> Tensor:
+        """Pictures (B, 3, H, W) for adversarial inputs, at the level each one gives; with the sampler's guidance when None.
+
+        Start noise is denoised by DDIM without a text, in as many steps as ``sampler`` says: the conditioning is ``null``, so guidance
+        has nothing to guide.
+        """
 
     @abstractmethod
     def spell(self, adversarial: Adversarial) -> str:
         """How a report writes an adversarial input."""
 
 
-class DualEncoder(Learner):
+class DualEncoder(Learner, Names):
     """Pictures and texts in one space: CLIP and its kin."""
 
     side: int
     """height and width of its pictures"""
+
+    @abstractmethod
+    def open(self, data: Data) -> Examples:
+        """The pictures ``data`` names with a text for each; ``UsageError`` when there are none."""
 
     @abstractmethod
     def images(self, x: Tensor) -> Tensor:
@@ -215,12 +266,22 @@ class DualEncoder(Learner):
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit embeddings (B, D) of texts; differentiable."""
 
+    @abstractmethod
+    def predict(self, examples: Examples, batch: int = 256) -> tuple[Tensor, Tensor]:
+        """Cosines (n, K) of each picture with each class, and labels (n,), on the CPU; (n, 1) with its own text where classes have no
+        names."""
 
-class Chat(Target):
+
+class Chat(Names):
     """A model that answers questions about a picture."""
 
     side: int
     """height and width of its pictures"""
+
+    @property
+    @abstractmethod
+    def reached(self) -> frozenset[str]:
+        """The vision tower's weights, as "vision_tower.parameter", that answers depend on."""
 
     @abstractmethod
     def answer(self, images: Tensor, questions: Sequence[str], *, tokens: int = 16, batch: int = 32) -> list[str]:

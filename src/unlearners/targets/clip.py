@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,8 +22,7 @@ from ..errors import RefusedError, UsageError
 from ..files import sentence
 from ..latents import Asked
 from ..zoo import canvas
-from .base import DualEncoder, hub_config
-from .stable_diffusion import _tiny_tokenizer
+from .base import DualEncoder, hub_config, quiet, tiny_tokenizer
 
 OPEN_CLIP = "open_clip/"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -92,7 +92,7 @@ class CLIP(DualEncoder):
         from transformers import CLIPConfig, CLIPModel
 
         with tempfile.TemporaryDirectory() as folder:
-            tokenizer = _tiny_tokenizer(Path(folder))
+            tokenizer = tiny_tokenizer(Path(folder))
         side = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 16}
         words = {"vocab_size": len(tokenizer), "max_position_embeddings": 24, "pad_token_id": tokenizer.pad_token_id}
         words |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -158,7 +158,7 @@ class CLIP(DualEncoder):
         them it is ``forgetting``.
         """
         if batch.get("alone"):
-            return self.forgetting(batch)
+            return self.forgetting(batch) + 0 * self.scale  # so that every weight has a gradient, as without ``relabel``
         v, t = self.images(batch["x"]), self.texts(batch["text"])
         said = {c: i for i, c in enumerate(batch["text"])}
         key = torch.tensor([said[c] for c in batch["text"]], device=v.device)
@@ -209,15 +209,20 @@ class CLIP(DualEncoder):
         pipeline: Any = load(task.forget.source.removeprefix("draw:"), device=str(self.device))
         texts = tuple(task.said[i % len(task.said)] for i in range(asked.pictures))
         pictures = pipeline.sample(texts, range(latents.SEED, latents.SEED + asked.pictures))
-        pictures = F.interpolate(pictures, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
-        source = Source((pictures * 255).round().byte(), torch.zeros(len(texts), dtype=torch.long), ("",), (), f"{task.said}", texts)
-        return Examples(source, torch.arange(len(texts)), self.device, "flip", texts)
+        return self.pairs(pictures, texts)
+
+    def pairs(self, images: Tensor, texts: Sequence[str]) -> Examples:
+        """Pictures (n, 3, H, W) in [0, 1] and a text for each, as examples."""
+        if images.shape[-2:] != (self.side, self.side):
+            images = F.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        x, y, said = (images * 255).round().byte(), torch.zeros(len(images), dtype=torch.long), tuple(texts)
+        digest = hashlib.sha256(x.contiguous().numpy().data)
+        digest.update("\n".join(said).encode())
+        return Examples(Source(x, y, ("",), (), digest.hexdigest(), said), torch.arange(len(x)), self.device, "flip", said)
 
     # --- reading --------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def predict(self, examples: Examples, batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Cosines (n, K) of each picture with each class, and labels (n,), on the CPU; (n, 1) with its own text where classes have no
-        names."""
         named = len(examples.classes) > 1 and all(examples.classes)
         names = self.classes_said(examples) if named else None
         found = []
@@ -274,12 +279,16 @@ def _transformers(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        model: Any = AutoModel.from_pretrained(spec)
-        tokenizer: Any = AutoTokenizer.from_pretrained(spec)
+        with quiet():
+            found: Any = AutoModel.from_pretrained(spec, output_loading_info=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(spec)
+        model, info = found
     except Exception as error:  # what is wrong with a file can surface as anything
         raise RefusedError(f"the CLIP in {spec} cannot be read ({sentence(error).rstrip('.')}); copy or download it again") from error
     if type(model).__name__ not in KINDS.values():
         raise UsageError(f"{spec} is a {type(model).__name__}; this target takes {' or '.join(KINDS.values())}")
+    if lost := [k for k in info["missing_keys"] if not k.endswith("position_ids")]:
+        raise RefusedError(f"the weights in {spec} lack '{sorted(lost)[0]}' and are not used; copy or download them again")
     siglip = model.config.model_type == "siglip"
     look = hub_config(spec, "preprocessor_config.json") or hub_config(spec, "processor_config.json").get("image_processor") or {}
     given = {
@@ -291,9 +300,12 @@ def _transformers(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
 
 def _open_clip(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
     """As ``_transformers``, of an open_clip model; its weights are put under transformers' names."""
-    import open_clip
     from transformers import CLIPConfig, CLIPModel
 
+    try:
+        import open_clip
+    except ImportError:
+        raise UsageError("open_clip is not installed; run pip install 'unlearners[open_clip]'") from None
     file, _, named = spec.rpartition("@") if "@" in spec else ("", "", spec)
     name, _, tag = named.removeprefix(OPEN_CLIP).partition("/")
     found: Any = open_clip.get_model_config(name)
@@ -310,10 +322,10 @@ def _open_clip(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
     except (OSError, RuntimeError) as error:
         raise RefusedError(f"the weights of {spec} cannot be read ({sentence(error).rstrip('.')}); copy or download them again") from error
     model: Any = CLIPModel(CLIPConfig(**own))
-    wrong = model.load_state_dict(clip_maps.to_transformers(state), strict=False)
-    missing = [k for k in (*wrong.missing_keys, *wrong.unexpected_keys) if not k.endswith("position_ids")]
-    if missing:
-        raise RefusedError(f"'{missing[0]}' of {spec} and {name} do not match; name the architecture it was trained with")
+    given, wanted = clip_maps.to_transformers(state), {k: v for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    if odd := sorted({*given} ^ {*wanted} | {k for k, v in given.items() if k in wanted and v.shape != wanted[k].shape}):
+        raise RefusedError(f"'{odd[0]}' of {spec} and {name} do not match; name the architecture it was trained with")
+    model.load_state_dict(given, strict=False)
     tokenizer: Any = open_clip.get_tokenizer(name)
 
     def tokenize(texts: Sequence[str]) -> Mapping[str, Tensor]:

@@ -6,8 +6,7 @@ import json
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UnlearnError, UsageError
 from ..latents import Asked, Latents
 from ..zoo import canvas
-from .base import Learner, TextToImage
+from .base import Learner, TextToImage, ddim, quiet, tiny_tokenizer
 
 ALIASES = {
     "canvas": str(canvas.FOLDER / "sd"),
@@ -261,7 +260,10 @@ class StableDiffusion(Learner, TextToImage):
         guidance: float | None = None,
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
+        """See ``Denoiser.sample``. With ``start`` (B, 4, h, w), noise to begin with, the seeds do not count and DDIM is the sampler."""
+        scheduler = self.scheduler if start is None else ddim(self)
         steps, guidance = steps or self.sampler["steps"], self.sampler["guidance"] if guidance is None else guidance
         if isinstance(prompts, Cond):
             cond, row = prompts, list(range(len(prompts)))
@@ -272,8 +274,11 @@ class StableDiffusion(Learner, TextToImage):
         images = []
         for part in diffusion.batches(len(seeds), batch):
             c = cond[row[part]]
-            x = diffusion.noise(seeds[part], self.latent_shape, self.device, c.states.dtype)
-            how = {"scheduler": self.scheduler, "steps": steps, "guidance": guidance, "guide": self.guide}
+            if start is None:
+                x = diffusion.noise(seeds[part], self.latent_shape, self.device, c.states.dtype)
+            else:
+                x = start[part].to(self.device, c.states.dtype)
+            how = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "guide": self.guide}
             z = diffusion.denoise(self, x, c, self.null(len(c)), **how)[-1][1]
             out = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
             images.append((out.float() / 2 + 0.5).clamp(0, 1).cpu())
@@ -283,7 +288,14 @@ class StableDiffusion(Learner, TextToImage):
 
     # --- attacks --------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int]) -> Tensor:
+    def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int], *, guidance: float | None = None) -> Tensor:
+        """See ``TextToImage.replay``."""
+        starts = [a.latent for a in proposals if a.latent is not None]
+        if starts and len(starts) < len(proposals):  # start noise has a sampler of its own
+            return torch.cat([self.replay([a], [s], guidance=guidance) for a, s in zip(proposals, seeds, strict=True)])
+        if starts:
+            guidance = guidance if self.guide else 1.0  # a defence may guide away from a text of its own; else guidance cancels out
+            return self.sample(self.null(len(starts)), seeds, guidance=guidance, start=torch.stack(starts))
         conds = []
         for a in proposals:
             if a.level == "prompt":
@@ -293,9 +305,11 @@ class StableDiffusion(Learner, TextToImage):
                 raise UnlearnError("an adversarial input without a prompt needs token ids")
             soft = None if a.embedding is None else Soft(a.embedding[None].to(self.device), a.at)
             conds.append(self.encode(a.tokens[None].to(self.device), soft))
-        return self.sample(Cond.cat(conds), seeds)
+        return self.sample(Cond.cat(conds), seeds, guidance=guidance)
 
     def spell(self, adversarial: Adversarial) -> str:
+        if adversarial.latent is not None:
+            return "(start noise, without a text)"
         if adversarial.prompt is not None:
             return adversarial.prompt
         words = self.decode(adversarial.tokens) if adversarial.tokens is not None else ""
@@ -306,24 +320,6 @@ def split(spec: str) -> tuple[str, str]:
     """A single file and where its configuration is, from ``file@folder``; any other spec as it is, and ""."""
     found = re.match(rf"(.*?(?:{'|'.join(map(re.escape, SINGLE_FILES))}))@(.+)", spec)
     return (found[1], found[2]) if found else (spec, "")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' bars for reading files, which are over in a second; downloads keep theirs."""
-    import diffusers
-    import transformers
-
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [log.is_progress_bar_enabled() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was in zip(logs, shown, strict=True):
-            if was:
-                log.enable_progress_bar()
 
 
 def _pipeline(spec: str, dtype: torch.dtype) -> Any:
@@ -342,7 +338,7 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if name == PIPELINES[0] else {}
     loader = getattr(diffusers, name) if name else diffusers.DiffusionPipeline
     try:
-        with _quiet():
+        with quiet():
             pipe = loader.from_pretrained(spec, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:  # what is wrong with a file can surface as anything
         if name:
@@ -441,24 +437,12 @@ def _tiny(seed: int, xl: bool = False, prediction: str = "epsilon") -> Any:
         return _tiny_pipeline(xl, prediction)
 
 
-def _tiny_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
-    alphabet = [chr(c) for c in range(33, 127)]
-    words = [*alphabet, *(c + "</w>" for c in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24, pad_token="<|endoftext|>")
-    tokenizer.model_max_length = 24
-    return tokenizer
-
-
 def _tiny_pipeline(xl: bool, prediction: str) -> Any:
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = _tiny_tokenizer(Path(folder))
+        tokenizer = tiny_tokenizer(Path(folder))
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,

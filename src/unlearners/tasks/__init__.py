@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,21 @@ SCENES = ("on a table", "in a garden", "in the snow", "at night")
 
 
 def load(name: str) -> Task:
-    """A task by name (``canvas/neon``), or from a YAML file with the fields of ``Task``."""
+    """A task by name (``canvas/neon``), a prompt set (``i2p``, see ``prompts``), or from a YAML file with the fields of ``Task``.
+
+    In a YAML file ``probes`` may name a CSV file of prompts, from the YAML file's folder on, all of which ask for the first concept.
+    """
+    from . import prompts
+
     if name.endswith((".yaml", ".yml")) or Path(name).is_file():
-        return config.build(Task, {"name": Path(name).stem, **config.load_yaml(name)}, where=name)
+        plain = {"name": Path(name).stem, **config.load_yaml(name)}
+        if isinstance(source := plain.get("probes"), str):
+            bare = config.build(Task, {**plain, "probes": ()}, where=name)
+            own = Path(name).parent / source
+            return replace(bare, probes=prompts.probes(str(own if own.is_file() else source), {bare.axis: bare.concepts[0]}))
+        return config.build(Task, plain, where=name)
+    if name.partition("@")[0].partition("/")[0] in prompts.SETS:
+        return prompts.task(name)
     if name in registry.names("tasks"):
         return config.build(Task, {"name": name, **config.load_yaml(registry.path("tasks", name))}, where=name)
     family, _, concept = name.partition("/")
@@ -51,14 +64,26 @@ def load(name: str) -> Task:
         from . import objects
 
         return objects.task(concept)
-    raise unknown("task", name, names())
+    if family == "clip":
+        from . import clip
+
+        return clip.task(concept)
+    raise unknown("task", name, [*names(), *protocols()])
+
+
+def protocols() -> dict[str, str]:
+    """The prompt sets of others by name, with what each is; nothing is read or fetched."""
+    from . import prompts
+
+    return prompts.protocols()
 
 
 def names() -> list[str]:
     """Every task that ships with the package or a plug-in; no model is loaded."""
-    from . import canvas, objects
+    from . import canvas, clip, objects
 
-    return [*registry.names("tasks"), *(f"canvas/{c}" for c in canvas.names()), *(f"objects/{c}" for c in objects.names())]
+    own = [(canvas, "canvas"), (clip, "clip"), (objects, "objects")]
+    return [*registry.names("tasks"), *(f"{family}/{c}" for module, family in own for c in module.names())]
 
 
 def from_data(source: str, forget: str, *, seed: int = 0, validation: float = 0.0, name: str = "") -> Task:
@@ -97,6 +122,35 @@ def from_data(source: str, forget: str, *, seed: int = 0, validation: float = 0.
 
 def _share(value: str) -> str:
     return value if value.isdecimal() else f"{100 * float(value):g} %"
+
+
+def from_pairs(
+    concepts: str | Sequence[str],
+    kind: Kind,
+    forget: str,
+    retain: str,
+    *,
+    test: str = "",
+    anchors: Sequence[str] = (),
+    preserve: Sequence[str] = (),
+    validation: float = 0.2,
+) -> Task:
+    """The task that makes a model of pictures and texts forget ``concepts``, shown in the pairs ``forget`` and not in ``retain``.
+
+    Both are folders of pictures with captions, webdataset tars, or datasets; ``retain`` leaves out captions that name a concept.
+    ``test`` is a folder of one folder of pictures for each name, the concepts' among them; one half of it is for choices that a method
+    makes, the other is measured on. A share ``validation`` of the pairs is held back to measure on.
+    """
+    words = from_concept(concepts, kind, anchors=anchors, preserve=preserve)
+    phrases, many = ",".join(words.concepts), len(words.concepts) > 1
+    return replace(
+        words,
+        forget=Data(source=forget, rows=f"caption={phrases}" if many else "", validation=validation),
+        retain=Data(source=retain, rows=f"not caption={phrases}", validation=validation),
+        holdout=Data(source=test, validation=0.5) if test else Data(),
+        suite=(*(("fa", "ta", "similarity") if test else ()), "cosine", "cost"),
+        judge="",
+    )
 
 
 def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence[str] = (), preserve: Sequence[str] = ()) -> Task:

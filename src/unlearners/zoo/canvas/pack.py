@@ -1,4 +1,4 @@
-"""Put trained parts into hub layout: ``python -m unlearners.zoo.canvas.pack large --work DIR`` and ``small`` (fp16 safetensors)."""
+"""Put trained parts into hub layout (fp16 safetensors): ``python -m unlearners.zoo.canvas.pack large --work DIR``; ``small``, ``llava``."""
 
 from __future__ import annotations
 
@@ -74,8 +74,24 @@ def pack_small(work: Path, folder: Path = FOLDER) -> None:
     (folder / "logs" / "classifier.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[49::50]))
 
 
+def pack_llava(work: Path, folder: Path = FOLDER) -> None:
+    """Write ``llava`` (LlavaForConditionalGeneration with processor) from its checkpoint in ``work`` and the vision tower of ``clip``."""
+    from .llava_train import make_llava, make_processor
+
+    model = make_llava(folder / "clip")
+    model.load_state_dict(torch.load(work / "llava.pt", map_location="cpu", weights_only=True)["model"])
+    shutil.rmtree(folder / "llava", ignore_errors=True)
+    model.half().save_pretrained(folder / "llava", safe_serialization=True)
+    processor = make_processor()
+    processor.save_pretrained(folder / "llava")
+    processor.image_processor.save_pretrained(folder / "llava")  # transformers 4 looks for it in a file of its own
+    words = folder / "llava" / "tokenizer_config.json"
+    words.write_text(json.dumps(json.loads(words.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+    shutil.copy(work / "llava.log.jsonl", folder / "logs" / "llava.jsonl")
+
+
 if __name__ == "__main__":
     import tyro
 
     (FOLDER / "logs").mkdir(exist_ok=True)
-    tyro.extras.subcommand_cli_from_dict({"large": pack, "small": pack_small})
+    tyro.extras.subcommand_cli_from_dict({"large": pack, "small": pack_small, "llava": pack_llava})

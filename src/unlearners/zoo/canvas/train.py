@@ -50,6 +50,7 @@ RECIPES = {
     "clip_vision": Recipe(steps=1200, batch=96, lr=6e-4, decay=0.05),
     "unet": Recipe(steps=4200, batch=64, lr=8e-4, ema=0.998),
     "ddpm": Recipe(steps=2000, batch=64, lr=1e-3, ema=0.998),
+    "llava": Recipe(steps=1500, batch=48, lr=2e-3),
 }
 
 
@@ -345,6 +346,13 @@ def train_ddpm(work: Path) -> None:
     fit("ddpm", make_ddpm(), loss, work, RECIPES["ddpm"])
 
 
+def train_llava(work: Path) -> None:
+    """See ``llava_train``."""
+    from . import llava_train
+
+    llava_train.train_llava(work)
+
+
 STAGES: dict[str, Callable[[Path], None]] = {
     "tokenizer": train_tokenizer,
     "judge": train_judge,
@@ -354,11 +362,14 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "clip_vision": train_clip_vision,
     "unet": train_unet,
     "ddpm": train_ddpm,
+    "llava": train_llava,
 }
 
 
 def main(
-    stage: Literal["tokenizer", "judge", "vae", "vae_whole", "clip", "clip_vision", "unet", "ddpm"], work: Path, threads: int = 1
+    stage: Literal["tokenizer", "judge", "vae", "vae_whole", "clip", "clip_vision", "unet", "ddpm", "llava"],
+    work: Path,
+    threads: int = 1,
 ) -> None:
     """Train one stage in ``work``; ``threads`` per process (with nets this small one beats two)."""
     torch.set_num_threads(threads)

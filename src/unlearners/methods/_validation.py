@@ -1,0 +1,253 @@
+"""How much a model still knows of what it is to forget, and of the rest: the two numbers that SLUG's step is searched by.
+
+Measured on pictures that no reported number is measured on: a validation split, drawings from other seeds, or the given pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import judges
+from ..base import Data, Target, Task
+from ..data import Examples
+from ..diffusion import batches
+from ..errors import UsageError
+from ..latents import Asked
+from ..metrics._answers import says
+from ..single_layer import Behind, Edit, Point, stepping
+from ..targets.base import Chat, DualEncoder, Learner, TextToImage
+
+FORGET, KEEP, TEXTS = 256, 512, 100
+"""pictures of each side, and texts they are told from, where only pairs are given"""
+ROWS = 256  # pictures that go through a tower together
+FIRST = 5_000_000  # the first image seed, far from those that are reported
+
+
+class Scorer:
+    """Forget accuracy and utility of a target as it is now, in percent."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def now(self) -> tuple[float, float]:
+        raise NotImplementedError
+
+    def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
+        """What each step of ``edit`` would do; the weights are as before afterwards."""
+        weights, out = self.target.named(), []
+        for a in alphas:
+            with edit.at(weights, a), torch.no_grad():
+                out.append(Point(a, *self.now()))
+        return out
+
+
+def scorer(target: Target, task: Task, top: int, pictures: int) -> Scorer:
+    """The scorer of a target's family; ``top``: an answer counts when it is among the first ``top`` names."""
+    if isinstance(target, DualEncoder):
+        return Dual(target, task, top)
+    if isinstance(target, TextToImage):
+        return Drawn(target, task, pictures)
+    if isinstance(target, Chat):
+        return Asking(target, task)
+    return Labelled(target, task)
+
+
+# --- dual encoders ------------------------------------------------------------------------------------------------
+@dataclass
+class Shown:
+    """Pictures, the texts they are told from (F ways to say each of K names), and which name is right."""
+
+    x: Tensor
+    """uint8 (n, 3, side, side)"""
+    names: list[list[str]]
+    y: Tensor
+    """(n,)"""
+    forget: bool
+    V: Tensor
+    """embeddings (n, D) before any edit"""
+    T: Tensor
+    """of the names (K, D)"""
+
+
+class Dual(Scorer):
+    """Zero-shot naming, or, where only pairs are given, finding a picture's text among others."""
+
+    def __init__(self, target: Any, task: Task, top: int) -> None:
+        super().__init__(target)
+        self.top, self.sets = top, [*self._named(task)] or [*self._paired(task)]
+        with torch.no_grad():
+            for s in self.sets:
+                s.V = torch.cat([target.images(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)])
+                s.T = self._mean(target.texts([t for ways in s.names for t in ways]), s)
+
+    def _named(self, task: Task) -> list[Shown]:
+        if not task.holdout.source:
+            return []
+        held = replace(task.holdout, split="validation")
+        out = []
+        for data in (held, *(replace(u, split="validation") for u in task.utility)):
+            found: Examples = self.target.open(replace(data, rows=""))
+            forms = found.forms or self.target.forms
+            names = [[f.format(c.replace("_", " ")) for f in forms] for c in found.classes]
+            gone = torch.tensor([c in task.concepts for c in found.classes])[found.labels]
+            for forget in (True, False):
+                rows = (gone == forget).nonzero().flatten()
+                if len(rows):
+                    x, y = found.raw(rows)
+                    out.append(Shown(x, names, y.cpu(), forget, x, x))
+        return out
+
+    def _paired(self, task: Task) -> list[Shown]:
+        forget, retain = self.target.forgotten(task, Asked()), self.target.retained(task, Asked())
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randperm(len(retain), generator=generator)[:KEEP]
+        texts = list(dict.fromkeys(retain.texts[i] for i in rows.tolist()))[:TEXTS]
+        rows = torch.tensor([i for i in rows.tolist() if retain.texts[i] in texts])
+        gone = torch.randperm(len(forget), generator=generator)[:FORGET]
+        said, known = [[c] for c in task.concepts], [[t] for t in texts]
+        which = [_which(forget.texts[i], task.concepts) for i in gone.tolist()]
+        x_f, x_r = forget.raw(gone)[0], retain.raw(rows)[0]
+        own = torch.tensor([texts.index(retain.texts[i]) for i in rows.tolist()])
+        return [
+            Shown(x_f, [*said, *known], torch.tensor(which), True, x_f, x_f),
+            Shown(x_r, known, own, False, x_r, x_r),
+        ]
+
+    def now(self) -> tuple[float, float]:
+        V = [torch.cat([self.target.images(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)]) for s in self.sets]
+        T = [self._mean(self.target.texts([t for ways in s.names for t in ways]), s) for s in self.sets]
+        return self._percent(V, T)
+
+    def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
+        at = re.match(r"(vision_tower|text_encoder)\.(.*encoder)\.layers\.(\d+)\.(.+)\.weight$", edit.names[0])
+        module = self.target.modules[at[1]].get_submodule(f"{at[2]}.layers.{at[3]}.{at[4]}") if at else None
+        if at is None or len(edit.names) > 1 or not isinstance(module, nn.Linear):
+            return super().steps(edit, alphas)
+        behind = Behind(self.target.modules[at[1]].get_submodule(at[2]), int(at[3]))
+        unit, a = edit.units[edit.names[0]], torch.tensor(list(alphas))
+        with torch.no_grad():
+            run = self._pictures if at[1] == "vision_tower" else self._texts
+            found = [run(s, behind, module, unit, a) for s in self.sets]  # (K alphas, …, D) of each set
+        out = []
+        for i, alpha in enumerate(alphas):
+            V = [f[i] for f in found] if at[1] == "vision_tower" else [s.V for s in self.sets]
+            T = [s.T for s in self.sets] if at[1] == "vision_tower" else [f[i] for f in found]
+            out.append(Point(alpha, *self._percent(V, T)))
+        return out
+
+    def _pictures(self, s: Shown, behind: Behind, module: nn.Linear, unit: Tensor, a: Tensor) -> Tensor:
+        """Embeddings (A, n, D) of the pictures under each step."""
+        rows = []
+        for part in batches(len(s.x), max(1, ROWS // len(a))):
+            x = s.x[part].float() / 255
+            with behind.recording():
+                self.target.images(x)
+            n = len(x)
+            with behind.skipping(behind.held[0].repeat(len(a), 1, 1)), stepping(module, unit, a.repeat_interleave(n)):
+                found = self.target.images(x[:1].expand(n * len(a), *x.shape[1:]))
+            rows.append(found.view(len(a), n, -1))
+        return torch.cat(rows, 1)
+
+    def _texts(self, s: Shown, behind: Behind, module: nn.Linear, unit: Tensor, a: Tensor) -> Tensor:
+        """Embeddings (A, K, D) of the names under each step."""
+        said = [t for ways in s.names for t in ways]
+        rows = []
+        for part in batches(len(said), max(1, ROWS // len(a))):
+            ids = {k: v.to(self.target.device) for k, v in self.target.tokenize(said[part]).items()}
+            n = len(said[part])
+            tower: Any = self.target.modules["text_encoder"]
+            with behind.recording():
+                tower(**ids)
+            with behind.skipping(behind.held[0].repeat(len(a), 1, 1)), stepping(module, unit, a.repeat_interleave(n)):
+                pooled = tower(**{k: v.repeat(len(a), 1) for k, v in ids.items()}).pooler_output
+            rows.append(self.target.project("text", pooled).view(len(a), n, -1))
+        found = torch.cat(rows, 1)
+        return torch.stack([self._mean(f, s) for f in found])
+
+    def _mean(self, found: Tensor, s: Shown) -> Tensor:
+        """One embedding (K, D) for each name from those of all ways to say it."""
+        return F.normalize(found.view(len(s.names), -1, found.shape[-1]).mean(1), dim=-1)
+
+    def _percent(self, V: Sequence[Tensor], T: Sequence[Tensor]) -> tuple[float, float]:
+        right = []
+        for s, v, t in zip(self.sets, V, T, strict=True):
+            first = (v @ t.T).topk(min(self.top if s.forget else 1, len(t)), dim=1).indices.cpu()
+            right.append((first == s.y[:, None]).any(1).float().mean().item() * 100)
+        kept = [r for s, r in zip(self.sets, right, strict=True) if not s.forget]
+        gone = [r for s, r in zip(self.sets, right, strict=True) if s.forget]
+        if not kept or not gone:
+            raise UsageError("there are no pictures to tell by whether the concept is gone and the rest is not; give pictures of both")
+        return sum(gone) / len(gone), sum(kept) / len(kept)
+
+
+def _which(text: str, concepts: Sequence[str]) -> int:
+    return next((i for i, c in enumerate(concepts) if c.lower() in text.lower()), 0)
+
+
+# --- models that draw, answer or classify -----------------------------------------------------------------------------
+class Drawn(Scorer):
+    """What the task's judge finds in pictures drawn from seeds of their own, half as many of the concept as of the rest."""
+
+    def __init__(self, target: TextToImage, task: Task, pictures: int) -> None:
+        super().__init__(target)
+        self.task, self.judge = task, judges.load(task.judge)
+        asked = [p for p in task.probes if task.names_concept(p)]
+        others = [p for p in task.probes if not task.names_concept(p) and task.axis in p.truth]
+        if not asked or not others:
+            raise UsageError(f"task '{task.name}' has no prompts of the concept, or none of its neighbours; add probes of both")
+        n, m = max(1, pictures // 3), max(1, pictures - pictures // 3)
+        self.probes = [asked[i % len(asked)] for i in range(n)] + [others[i * len(others) // m] for i in range(m)]
+
+    def now(self) -> tuple[float, float]:
+        seeds = range(FIRST, FIRST + len(self.probes))
+        images = self.target.sample([p.prompt for p in self.probes], seeds, steps=min(10, self.target.sampler["steps"]))
+        domains = {d: self.judge.labels(images, self.task, d) for d in {d for p in self.probes for d in p.truth}}
+        gone = [domains[self.task.axis][i] == p.truth[self.task.axis] for i, p in enumerate(self.probes) if self.task.names_concept(p)]
+        kept = [domains[d][i] == t for i, p in enumerate(self.probes) if not self.task.names_concept(p) for d, t in p.truth.items()]
+        return 100 * sum(gone) / len(gone), 100 * sum(kept) / len(kept)
+
+
+class Asking(Scorer):
+    """Whether the names of what is shown are in the answers to ``task.question``."""
+
+    def __init__(self, target: Chat, task: Task) -> None:
+        super().__init__(target)
+        if not task.holdout.source:
+            raise UsageError("a model that answers is asked about named pictures; give a folder of one folder per name, with --test")
+        found = target.open(replace(task.holdout, split="validation", rows=""))
+        self.names = [found.classes[i] for i in found.labels.tolist()]
+        self.images, self.task = found.images.float() / 255, task
+
+    def now(self) -> tuple[float, float]:
+        said = self.target.answer(self.images, [self.task.question] * len(self.names))
+        right = [says(text, [name], substring=False) for name, text in zip(self.names, said, strict=True)]
+        gone = [r for r, n in zip(right, self.names, strict=True) if n in self.task.concepts]
+        kept = [r for r, n in zip(right, self.names, strict=True) if n not in self.task.concepts]
+        return 100 * sum(gone) / max(1, len(gone)), 100 * sum(kept) / max(1, len(kept))
+
+
+class Labelled(Scorer):
+    """A classifier's accuracy on what is to be forgotten and, as far as it goes, on pictures it did not train on."""
+
+    def __init__(self, target: Any, task: Task) -> None:
+        super().__init__(target)
+        held = task.retain if not task.retain.validation else replace(task.retain, split="validation")
+        self.parts = [self._some(target, task.forget, FORGET), self._some(target, held, KEEP)]
+
+    def _some(self, target: Learner, data: Data, n: int) -> Examples:
+        found: Any = target.open(data)
+        rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:n]
+        some: Examples = replace(found, indices=found.indices[rows])
+        return some
+
+    def now(self) -> tuple[float, float]:
+        found = [self.target.predict(p) for p in self.parts]
+        fa, ta = (100 * (logits.argmax(1) == y).float().mean().item() for logits, y in found)
+        return fa, ta

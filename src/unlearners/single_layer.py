@@ -1,0 +1,225 @@
+"""One layer, one step: which tensor says most of what is to be forgotten and least of the rest, and how far to move it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+Tensors = Mapping[str, Tensor]
+KEPT_OUT = ("bias", "logit_scale", "position", "embedding")
+"""parts of names that are never edited (the authors' list)"""
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("fc1", "fc2"))
+"""layers that the authors' code for Stable Diffusion and LLaVA moves together"""
+
+
+class Layer(NamedTuple):
+    """A tensor that could be edited."""
+
+    name: str
+    tower: str
+    importance: float
+    """||g|| / ||theta||"""
+    alignment: float
+    """|cos(g, r)|, or cos(g, r) where it is asked for signed"""
+
+
+class Point(NamedTuple):
+    """What a step does: forget accuracy and utility, both in percent."""
+
+    alpha: float
+    fa: float
+    ta: float
+
+
+def candidates(names: Mapping[str, Tensor], *, norms: bool = False, leave: str = "") -> list[str]:
+    """Tensors that may be edited: no biases, embeddings, positions or logit scales, matrices unless ``norms``, and nothing that the
+    regular expression ``leave`` matches."""
+    return [
+        n
+        for n, p in names.items()
+        if not any(k in n for k in KEPT_OUT) and (p.ndim > 1 or (norms and p.ndim == 1)) and not (leave and re.search(leave, n))
+    ]
+
+
+def layers(theta: Tensors, g: Tensors, r: Tensors, *, signed: bool = False) -> list[Layer]:
+    """Importance and alignment of every tensor (SLUG, eq. 7 and 8); one without a gradient of its own is left out."""
+    out = []
+    for n in theta:
+        size, norm, other = (float(t[n].detach().double().norm()) for t in (theta, g, r))
+        if norm == 0 or size == 0:
+            continue
+        cos = float((g[n].double() * r[n].double()).sum()) / max(norm * other, 1e-30) if other else 0.0
+        out.append(Layer(n, n.partition(".")[0], norm / size, cos if signed else abs(cos)))
+    return out
+
+
+def pareto(found: Sequence[Layer]) -> list[Layer]:
+    """The layers of each tower that no other beats in both importance (higher) and alignment (lower), the most important first.
+
+    Only a layer that is strictly worse in both is dropped, as in the authors' code.
+    """
+    front = [a for a in found if not any(b.tower == a.tower and b.importance > a.importance and b.alignment < a.alignment for b in found)]
+    return sorted(front, key=lambda a: -a.importance)
+
+
+def depth(name: str) -> int:
+    """The number of the block that a tensor is in; -1 outside of blocks."""
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def together(name: str, names: Sequence[str]) -> tuple[str, ...]:
+    """``name`` and, where it is one of q, k and v or of fc1 and fc2, the others of its block."""
+    for group in TOGETHER:
+        for part in group:
+            if f".{part}." in name:
+                return tuple(n for other in group if (n := name.replace(f".{part}.", f".{other}.")) in names)
+    return (name,)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A direction: at step alpha, theta + alpha * unit. Each unit is as long as its tensor, so alpha is the relative change."""
+
+    units: Tensors
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.units))
+
+    @classmethod
+    def of(cls, theta: Tensors, g: Tensors, names: Sequence[str], by: str = "") -> Edit:
+        """Along ``g``: every tensor at its own relative length or, with ``by``, all with the lambda of that tensor."""
+
+        def length(n: str) -> float:
+            return float(theta[n].detach().double().norm() / g[n].double().norm())
+
+        return cls({n: g[n] * length(by or n) for n in names})
+
+    @contextmanager
+    def at(self, weights: Tensors, alpha: float) -> Iterator[None]:
+        """The edited weights inside, and the very bits of before outside."""
+        old = {n: weights[n].detach().clone() for n in self.names}
+        try:
+            self.apply(weights, alpha)
+            yield
+        finally:
+            for n, w in old.items():
+                weights[n].data.copy_(w)
+
+    def apply(self, weights: Tensors, alpha: float) -> None:
+        """Step by ``alpha`` for good."""
+        for n, u in self.units.items():
+            weights[n].data.add_(u.to(weights[n]), alpha=alpha)
+
+
+Score = Callable[[Sequence[float]], list[Point]]
+
+
+def search(score: Score, *, first: float, evaluations: int, at_once: int = 1, goal: float = 0.0, bracket: float = 0.0) -> list[Point]:
+    """Steps tried while looking for the smallest alpha whose forget accuracy is at most ``goal``.
+
+    One at a time it is the paper's: double until forgotten, then halve the interval, ``evaluations`` times. With ``at_once`` above 1
+    a round tries that many, spread geometrically, first around ``first`` and then inside the bracket. Ends early when the bracket is
+    narrower than ``bracket`` of its upper end.
+    """
+    tried: list[Point] = []
+    low, high, upper = 0.0, math.inf, first
+    while len(tried) < evaluations:
+        n = min(at_once, evaluations - len(tried))
+        if n == 1:
+            steps = [upper if math.isinf(high) else (low + high) / 2]
+        elif math.isinf(high):
+            start = low * 2 if low else first / 2 ** (n // 2)
+            steps = [start * 2**k for k in range(n)]
+        else:
+            ratio = (high / (low or high / 8)) ** (1 / (n + 1))
+            steps = [(low or high / 8) * ratio ** (k + 1) for k in range(n)]
+        found = score(steps)
+        tried += found
+        done = [p.alpha for p in found if p.fa <= goal]
+        high = min([high, *done])
+        low = max([low, *(p.alpha for p in found if p.fa > goal and p.alpha < high)])
+        upper = low * 2 or first
+        if high - low <= bracket * high < math.inf:
+            break
+    return tried
+
+
+def choose(points: Sequence[Point], *, goal: float, floor: float) -> tuple[Point, bool]:
+    """The point that keeps most among those that forget, and whether it also keeps at least ``floor``.
+
+    Of equal ones the longest step: it forgets with most to spare, also on pictures that took no part in the search.
+
+    Without one that forgets: the one with the largest utility minus forget accuracy.
+    """
+    forgot = [p for p in points if p.fa <= goal]
+    best = min(forgot, key=lambda p: (-p.ta, -p.alpha)) if forgot else max(points, key=lambda p: (p.ta - p.fa, -p.alpha))
+    return best, bool(forgot) and best.ta >= floor
+
+
+# --- evaluating many steps on what lies behind the edited layer ------------------------------------------------------
+class Behind:
+    """Runs a CLIP tower from the block of the edited layer on: what lies before it is computed once, for all steps.
+
+    ``encoder`` has ``layers``, which are called one after another with the hidden states (n, L, D) first.
+    """
+
+    def __init__(self, encoder: nn.Module, block: int) -> None:
+        self.encoder, self.block = encoder, block
+        self.held: list[Tensor] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Inside, the hidden states that reach the block are kept, batch by batch."""
+        layers: nn.ModuleList = self.encoder.layers  # type: ignore[assignment]
+        self.held = []
+        hook = layers[self.block].register_forward_pre_hook(
+            lambda _, args, kwargs: self.held.append(_hidden(args, kwargs).detach()), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def skipping(self, states: Tensor) -> Iterator[None]:
+        """Inside, the tower begins at the block, with ``states`` whatever it is given."""
+        layers: nn.ModuleList = self.encoder.layers  # type: ignore[assignment]
+
+        def put(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+            return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
+
+        hook = layers[self.block].register_forward_pre_hook(put, with_kwargs=True)
+        self.encoder.layers = nn.ModuleList(list(layers)[self.block :])
+        try:
+            yield
+        finally:
+            self.encoder.layers = layers
+            hook.remove()
+
+
+def _hidden(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def stepping(module: nn.Linear, unit: Tensor, alphas: Tensor) -> Iterator[None]:
+    """Inside, row i of ``module``'s input meets the weight W + alphas[i] * unit: many steps in one pass."""
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        x = args[0]
+        by = alphas.to(out).view(-1, *(1,) * (x.ndim - 1))
+        return out + by * (x @ unit.to(x).T)
+
+    hook = module.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,223 @@
+"""SLUG: the front, the step, the search and its score keep their promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unlearners import patch, saliency, single_layer, tasks
+from unlearners.base import Data, Task
+from unlearners.errors import UsageError
+from unlearners.methods._pairs import each, sides
+from unlearners.methods._validation import Dual, scorer
+from unlearners.methods.slug import SLUG
+from unlearners.single_layer import Edit, Layer, Point
+from unlearners.targets.clip import CLIP
+from unlearners.targets.stable_diffusion import StableDiffusion
+from unlearners.testing import quick, task_for
+
+values = st.floats(0.001, 10, allow_nan=False)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), values, st.floats(0, 1)), min_size=1, max_size=25))
+def test_nothing_beats_a_layer_of_the_front_and_something_beats_every_other(rows: list[tuple[str, float, float]]) -> None:
+    found = [Layer(str(i), t, importance, alignment) for i, (t, importance, alignment) in enumerate(rows)]
+    front = single_layer.pareto(found)
+    for a in found:
+        beaten = any(b.tower == a.tower and b.importance > a.importance and b.alignment < a.alignment for b in found)
+        assert (a in front) != beaten
+    assert {a.tower for a in front} == {a.tower for a in found}, "each tower has a front of its own"
+
+
+def test_importance_and_alignment_are_the_papers() -> None:
+    theta, g, r = ({"t.w": torch.randn(3, 4, generator=torch.Generator().manual_seed(i))} for i in range(3))
+    (layer,) = single_layer.layers(theta, g, r)
+    flat = {k: v["t.w"].flatten().double() for k, v in (("theta", theta), ("g", g), ("r", r))}
+    assert layer.importance == pytest.approx(float(flat["g"].norm() / flat["theta"].norm()))
+    cos = float(torch.nn.functional.cosine_similarity(flat["g"], flat["r"], dim=0))
+    assert layer.alignment == pytest.approx(abs(cos))
+    (signed,) = single_layer.layers(theta, g, r, signed=True)
+    assert signed.alignment == pytest.approx(cos)
+    assert single_layer.layers(theta, {"t.w": torch.zeros(3, 4)}, r) == [], "a layer without a gradient is no candidate"
+
+
+def test_candidates_are_what_may_be_edited() -> None:
+    names = [
+        "a.q_proj.weight",
+        "a.q_proj.bias",
+        "a.layer_norm1.weight",
+        "a.token_embedding.weight",
+        "a.position_embedding.weight",
+        "logit_scale",
+    ]
+    theta = {n: torch.zeros(2, 2) if n.endswith("proj.weight") or "embedding" in n else torch.zeros(2) for n in names}
+    assert single_layer.candidates(theta) == ["a.q_proj.weight"]
+    assert single_layer.candidates(theta, norms=True) == ["a.q_proj.weight", "a.layer_norm1.weight"]
+
+
+def test_q_k_v_and_the_two_of_the_mlp_move_together() -> None:
+    names = [
+        f"x.layers.3.{n}.weight"
+        for n in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    ]
+    assert single_layer.together(names[1], names) == tuple(names[:3])
+    assert single_layer.together(names[4], names) == tuple(names[4:])
+    assert single_layer.together(names[3], names) == (names[3],)
+    assert single_layer.depth(names[0]) == 3 and single_layer.depth("projections.visual_projection.weight") == -1
+
+
+@settings(deadline=None)
+@given(st.floats(0.011, 30), st.integers(1, 6), st.integers(4, 20))
+def test_the_search_closes_in_on_the_smallest_step_that_forgets(edge: float, at_once: int, evaluations: int) -> None:
+    asked: list[float] = []
+
+    def score(steps: Any) -> list[Point]:
+        asked.extend(steps)
+        return [Point(a, 0.0 if a >= edge else 50.0, 90.0 - a) for a in steps]
+
+    tried = single_layer.search(score, first=0.1, evaluations=evaluations, at_once=at_once)
+    assert len(tried) == evaluations == len(asked) and all(a > 0 for a in asked)
+    forgot, kept = [p.alpha for p in tried if p.fa <= 0], [p.alpha for p in tried if p.fa > 0]
+    assert not forgot or not kept or min(forgot) >= edge > max(kept)
+
+
+def test_one_at_a_time_is_the_papers_doubling_and_halving() -> None:
+    tried = single_layer.search(lambda s: [Point(a, 100.0 * (a < 0.5), 90.0) for a in s], first=0.1, evaluations=6)
+    assert [p.alpha for p in tried] == pytest.approx([0.1, 0.2, 0.4, 0.8, 0.6, 0.5])
+
+
+def test_the_search_ends_early_when_the_bracket_is_narrow() -> None:
+    tried = single_layer.search(
+        lambda s: [Point(a, 100.0 * (a < 0.5), 90.0) for a in s], first=0.1, evaluations=50, at_once=5, bracket=0.05
+    )
+    assert len(tried) < 50 and min(p.alpha for p in tried if not p.fa) <= 0.5 / 0.95
+
+
+def test_the_best_step_forgets_and_keeps_most() -> None:
+    points = [Point(0.1, 40.0, 90.0), Point(0.2, 0.0, 88.0), Point(0.3, 0.0, 88.0), Point(0.4, 0.0, 70.0)]
+    assert single_layer.choose(points, goal=0, floor=87) == (points[2], True)
+    assert single_layer.choose(points, goal=0, floor=89) == (points[2], False), "what costs too much is said"
+    best, good = single_layer.choose(points[:1], goal=0, floor=0)
+    assert best is points[0] and not good
+
+
+def named() -> tuple[CLIP, Task]:
+    target = CLIP.tiny(seed=3)
+    return target, task_for(target)
+
+
+def test_an_edit_is_as_long_as_it_says_and_leaves_no_trace() -> None:
+    target, _ = named()
+    weights = target.named()
+    name = next(n for n in weights if n.endswith("fc1.weight"))
+    g = {name: torch.randn_like(weights[name])}
+    edit, before = Edit.of(weights, g, [name]), weights[name].clone()
+    with edit.at(weights, 0.25):
+        assert float((weights[name] - before).norm() / before.norm()) == pytest.approx(0.25, rel=1e-4)
+    assert torch.equal(weights[name], before)
+
+
+def test_a_small_step_raises_the_forget_loss() -> None:
+    target, task = named()
+    at = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0)
+    D_f = at.forget(task)
+    g = saliency.mean(at.theta, target.forgetting, D_f.batches(8))
+    batch, weights = D_f.batch(torch.arange(len(D_f))), target.named()
+    for name in list(at.theta)[::3]:
+        with torch.no_grad():
+            before = float(target.forgetting(batch))
+            with Edit.of(at.theta, g, [name]).at(weights, 1e-3):
+                assert float(target.forgetting(batch)) > before, name
+
+
+@pytest.mark.parametrize("tower", ["vision_tower", "text_encoder"])
+def test_many_steps_behind_the_layer_are_the_steps_one_by_one(tower: str) -> None:
+    target, task = named()
+    score = scorer(target, task, 1, 4)
+    assert isinstance(score, Dual)
+    weights = target.named()
+    for name in [n for n in weights if n.startswith(tower) and n.endswith(("fc1.weight", "v_proj.weight", "out_proj.weight"))]:
+        edit = Edit.of(weights, {name: torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(1))}, [name])
+        seen: list[Any] = []
+        score._percent = lambda V, T, seen=seen: (seen.append((V, T)), (0.0, 0.0))[1]  # type: ignore[method-assign, misc]
+        score.steps(edit, [0.1, 0.7])
+        super(Dual, score).steps(edit, [0.1, 0.7])
+        for (V, T), (V_, T_) in zip(seen[:2], seen[2:], strict=True):
+            assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip([*V, *T], [*V_, *T_], strict=True)), name
+
+
+def test_the_retained_gradient_is_kept_and_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, task = named()
+    first = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
+    again = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
+    assert "cached_seconds" in again[1] and "cached_seconds" not in first[1]
+    assert all(torch.equal(t, again[0][n]) for n, t in first[0].items())
+    other, _ = sides(CLIP.tiny(seed=4), task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
+    assert any(not torch.equal(t, other[n]) for n, t in first[0].items()), "of another model it is not taken"
+
+
+def test_the_retained_gradient_does_not_depend_on_the_forget_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target, task = named()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    at = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0)
+    saliency.mean(at.theta, target.forgetting, at.forget(task).batches(8))
+    after, _ = at.retained(8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    alone, _ = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
+    assert all(torch.equal(t, alone[n]) for n, t in after.items())
+
+
+def test_one_layer_alone_is_changed_and_a_widened_one_with_its_kin() -> None:
+    for fields, most in (({}, 1), ({"rule": "deepest", "widen": True}, 3)):
+        target, task = named()
+        before = patch.fingerprint(target.modules)
+        rows: list[dict[str, float]] = []
+        quick(SLUG(**fields))(target, task, seed=0, log=rows.append)
+        changed = [n for n, h in patch.fingerprint(target.modules).items() if h != before[n]]
+        assert 1 <= len(changed) <= most and rows[-1]["edited"] == len(changed)
+
+
+def test_a_pipeline_is_edited_in_what_it_uses_of_its_clip() -> None:
+    target = StableDiffusion.tiny()
+    at = sides(target, task_for(target), "tiny-clip", ".*", norms=False, pictures=4, pairs=0)
+    assert at.theta and all(n.startswith("text_encoder.") for n in at.theta)
+    assert all(at.source.named()[n] is p or n in target.named() for n, p in at.theta.items())
+
+
+def test_several_concepts_are_edited_apart_and_then_together() -> None:
+    target, task = named()
+    both = replace(
+        task,
+        concepts=("a", "b"),
+        preserve=("c", "d"),
+        forget=Data(source="tiny", rows="class=a,b"),
+        retain=Data(source="tiny", rows="not class=a,b"),
+    )
+    parts = each(both)
+    assert [p.concepts for p in parts] == [("a",), ("b",)] and [p.forget.rows for p in parts] == ["class=a", "class=b"]
+    rows: list[dict[str, float]] = []
+    quick(SLUG())(target, both, seed=0, log=rows.append)
+    assert rows[-1]["edited"] == 2 and rows[-1]["factor"] > 0
+    with pytest.raises(UsageError, match="2 concepts need as many"):
+        each(replace(both, forget=Data(source="tiny", rows="class=a")))
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    target, task = named()
+    with pytest.raises(UsageError, match="nothing to forget"):
+        SLUG(evaluations=1, goal=100.0)(target, task)
+    with pytest.raises(UsageError, match="leaves no weight"):
+        SLUG(params=r".*bias")(target, task)
+    with pytest.raises(UsageError, match="same caption"):
+        SLUG()(target, replace(task, retain=Data(source="tiny", rows="class=a")))
+    clip = tasks.load("clip/zorbo")
+    assert clip.concepts == ("zorbo",) and tasks.load("clip/zorbo+pimlu").concepts == ("zorbo", "pimlu")
+    with pytest.raises(UsageError, match="did you mean zorbo"):
+        tasks.load("clip/zorbu")
