@@ -72,6 +72,13 @@ EXAMPLES = {
         target="canvas-ddpm", task="objects/draw-fish", other="objects/draw-cup", kind="another class",
         method="salun", preset="ddpm", out="runs/draws-no-fish",
     ),
+    "clip": Example(
+        target="canvas-clip", task="clip/zorbo", other="clip/neon", kind="a style", method="slug", preset="canvas", out="runs/clip-no-zorbo"
+    ),
+    "llava": Example(
+        target="canvas-llava", task="clip/zorbo", other="clip/pimlu", kind="another mascot",
+        method="slug", preset="canvas", out="runs/llava-no-zorbo",
+    ),
 }  # fmt: skip
 """by family; a page takes the first whose targets its class serves"""
 

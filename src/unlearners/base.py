@@ -159,9 +159,9 @@ class Probe:
 
     prompt: str
     truth: Mapping[str, str]
-    seed: int | None = None
+    seed: int | None = config.later(None)
     """the image seed it is drawn with; None: those of the task"""
-    guidance: float | None = None
+    guidance: float | None = config.later(None)
     """its classifier-free guidance; None: the sampler's"""
 
 
@@ -180,7 +180,7 @@ class Data:
     """share of each class that is split off the training pictures"""
     digest: str = ""
     """SHA-256 of the file of rows, so that a changed file is noticed"""
-    forms: tuple[str, ...] = ()
+    forms: tuple[str, ...] = config.later(())
     """how a class is said to a model that reads: "a photo of a {}." …"""
 
 
@@ -209,9 +209,9 @@ class Task:
     forget: Data = Data()
     retain: Data = Data()
     holdout: Data = Data()
-    utility: tuple[Data, ...] = ()
+    utility: tuple[Data, ...] = config.later(())
     """named pictures of other domains, which must still be named right"""
-    question: str = "What is the name of this character?"
+    question: str = config.later("What is the name of this character?")
     """what a model that answers is asked about a picture"""
     version: int = 1
 
@@ -562,7 +562,6 @@ class Run:
     def plain(self) -> dict[str, Any]:
         """As JSON: the method under its name, without what does not change the result."""
         plain: dict[str, Any] = config.to_dict(self)
-        plain["task"]["probes"] = [{k: v for k, v in probe.items() if v is not None} for probe in plain["task"]["probes"]]
         return plain | {"method": {"name": kebab(self.method), **config.to_dict(self.method)}}
 
     @property

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .base import Task
 
 Result = dict[str, Any]
+YIELDING = {"retain", "test"}
+"""flags of erase that make way for a method's own of the same name"""
 CUT = {
     "steps": 2,
     "sampler_steps": 4,
@@ -692,6 +694,13 @@ def _fail(message: str, code: int, as_json: bool) -> int:
     return code
 
 
+def _yielding(cls: type[Any], names: set[str]) -> Any:
+    """``cls`` with other flags for fields that a method has of its own: --retain-pairs for --retain."""
+    flags = {n: tyro.conf.arg(name=f"{n}-pairs", help=f"captioned pictures; the method has its own --{n}") for n in names}
+    rows: list[Any] = [(n, Annotated[str, flag], field(default="")) for n, flag in flags.items()]
+    return dataclasses.make_dataclass(cls.__name__, rows, bases=(cls,), frozen=True, kw_only=True)
+
+
 def _parse(word: str, words: list[str], *, quiet: bool) -> tuple[Any, Any]:
     """The verb and, where it has one, its method or attack with presets, YAML file and flags applied in this order."""
     cls, name = VERBS[word], _first(word, words) if VERBS[word].kind else ""
@@ -701,7 +710,10 @@ def _parse(word: str, words: list[str], *, quiet: bool) -> tuple[Any, Any]:
         own = {f.name for f in dataclasses.fields(cls)}
         file = _value(words, "config") if "config" in own else ""
         start = _start(cls.kind, name, _value(words, "preset") if "preset" in own else "", config.load_yaml(file) if file else {})
-        if clash := own & {f.name for f in dataclasses.fields(start)}:
+        clash = own & {f.name for f in dataclasses.fields(start)}
+        if clash and clash <= YIELDING:
+            command, clash = Annotated[_yielding(cls, clash), FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName], set()
+        if clash:
             raise UnlearnError(f"{name} has a field '{clash.pop()}', which 'unlearn {word}' uses itself; rename the field")
         unnamed = tyro.conf.arg(name="")
         both: list[Any] = [("verb", Annotated[command, unnamed]), ("part", Annotated[type(start), unnamed], field(default=start))]
@@ -899,6 +911,8 @@ def _about(kind: str, name: str) -> dict[str, Any]:
     if kind == "tasks":
         from . import tasks
 
+        if name in tasks.protocols():  # a task once a source is named
+            return about | {"about": about["summary"], "fields": []}
         return about | {"task": config.to_dict(tasks.load(name))}
     cls = registry.get(kind, name)
     facts = {fact: getattr(cls, fact) for fact in FACTS[kind]}
@@ -917,9 +931,10 @@ def _fields(cls: type[Any]) -> list[dict[str, Any]]:
             for line, after in itertools.pairwise(body):
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(after, ast.Expr):
                     helps[line.target.id] = str(ast.literal_eval(after.value))
-    made = config.to_dict(config.build(cls, {}, cls.__name__))
+    made = config.build(cls, {}, cls.__name__)
     rows = [f for f in dataclasses.fields(cls) if f.init]
-    return [{"name": f.name, "type": str(f.type), "default": made[f.name], "help": helps.get(f.name, "")} for f in rows]
+    usual = {f.name: config.to_dict(getattr(made, f.name)) for f in rows}
+    return [{"name": f.name, "type": str(f.type), "default": usual[f.name], "help": helps.get(f.name, "")} for f in rows]
 
 
 def _sheet(about: Mapping[str, Any]) -> str:

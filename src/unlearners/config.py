@@ -59,10 +59,19 @@ def build(kind: Any, plain: Any, where: str = "") -> Any:
     raise TypeError(f"{where or kind}: config.build cannot make a {kind}")
 
 
+LATER = "later"
+
+
+def later(default: Any) -> Any:
+    """A dataclass field that was added to one which records already hold: at its default it is left out, so that hashes stay."""
+    return dataclasses.field(default=default, metadata={LATER: True})
+
+
 def to_dict(obj: Any) -> Any:
     """``obj`` as JSON-able values: dataclasses and mappings as dict, tuples and lists as list. ``build`` undoes it."""
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: to_dict(getattr(obj, f.name)) for f in dataclasses.fields(obj) if f.init}
+        shown = [f for f in dataclasses.fields(obj) if f.init and not (LATER in f.metadata and getattr(obj, f.name) == f.default)]
+        return {f.name: to_dict(getattr(obj, f.name)) for f in shown}
     if isinstance(obj, Mapping):
         return {str(k): to_dict(v) for k, v in obj.items()}
     if isinstance(obj, list | tuple):

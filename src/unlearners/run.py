@@ -287,7 +287,8 @@ def _attack(
     if shown:
         own = [{} if items[i].guidance is None else {"guidance": items[i].guidance} for i in shown]
         for i, how in zip(shown, own, strict=True):
-            image = model.sample([verdicts[i].adversarial], [verdicts[i].seed], **how)[0]  # type: ignore[attr-defined]
+            v = verdicts[i]
+            image = model.sample([v.adversarial], [v.seed if v.drawn is None else v.drawn], **how)[0]  # type: ignore[attr-defined]
             rows[i]["picture"] = f"attacks/{name}/{i:03d}.png"
             save_picture(image, folder / str(rows[i]["picture"]))
     write_json(

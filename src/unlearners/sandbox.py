@@ -15,7 +15,8 @@ SIZES = ("batch", "forget_batch", "attack_batch", "retain_batch", "restarts", "p
 
 @contextmanager
 def sandbox(target: Any, seed: int, *, bare: bool = False) -> Iterator[None]:
-    """Seed for what is done with a ``Target`` inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train mode are as before.
+    """Seed what is done with a ``Target`` inside; outside leave no trace: global RNG, grad mode, ``requires_grad``, gradients and train
+    mode are as before.
 
     With ``bare``, the target has no guide inside.
     """

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import re
 import shlex
+import shutil
 import sys
 import types
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ from unlearners.base import Data, Probe, Task
 from unlearners.bench import Grid
 from unlearners.methods.retrain import Retrain
 from unlearners.targets.stable_diffusion import StableDiffusion
+from unlearners.zoo.canvas import FOLDER
 from unlearners.zoo.canvas.objects import CLASSES
 from unlearners.zoo.canvas.train import RECIPES
-from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
+from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES, Item, grid, official, render
 
 train = importlib.import_module("unlearners.train")  # the name in the package is the function
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,9 +46,11 @@ SHOWN = ("text", "toml", "bibtex")
 """languages of blocks that are not run"""
 STANDS_FOR = {
     "sd14": "canvas", "canvas-finetuned": "canvas",
-    "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4"
+    "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4",
+    "canvas-clip": "tiny-clip", "canvas-llava": "tiny-llava",
 }  # fmt: skip
 """a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
+CANVAS = ("canvas", *data.CANVAS)
 CUT = {**cli.CUT, "renders": 64, "refresh": 2}
 """what budgets are lowered to; the names are fields of methods, attacks and metrics"""
 
@@ -73,7 +77,8 @@ ALL = {**WRITTEN, **MADE}
 def cut(part: Any) -> Any:
     """A method, attack or metric with every budget lowered."""
     now = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-    return dataclasses.replace(part, **{k: min(v, CUT[k]) for k, v in now.items() if k in CUT})
+    goal = {"goal": -1.0} if "goal" in now else {}  # random weights know nothing that could be forgotten
+    return dataclasses.replace(part, **{k: min(v, CUT[k]) for k, v in now.items() if k in CUT}, **goal)
 
 
 def few(task: Task | str) -> Task:
@@ -89,10 +94,11 @@ def few(task: Task | str) -> Task:
 
 def few_pictures(task: Task) -> Task:
     """A task of the canvas' pictures as one of the tiny ones', whose classes are a, b, c and d; of other pictures as it is."""
-    if task.forget.source != "canvas":
+    if task.forget.source not in CANVAS:
         return task
     own: dict[str, Any] = {k: tiny(getattr(task, k)) for k in ("forget", "retain", "holdout")}
-    if task.kind == "class":
+    own["utility"] = tuple(map(tiny, task.utility))
+    if task.kind == "class" or task.forget.source == "canvas-pairs":
         own |= {"concepts": ("b",), "anchors": ("c",), "preserve": ("a", "c", "d")}
     if task.probes:  # drawn
         own |= {"probes": tuple(Probe(prompt=c, truth={task.axis: c}) for c in "abcd"), "judge": "classifier:tiny-classifier"}
@@ -101,11 +107,11 @@ def few_pictures(task: Task) -> Task:
 
 def tiny(named: Data) -> Data:
     """The tiny pictures in place of the canvas', class b in place of any that the canvas has."""
-    if named.source != "canvas":
+    if named.source not in CANVAS:
         return named
     key, _, value = named.rows.removeprefix("not ").partition("=")
     assert key != "class" or all(data.label(name.strip(), CLASSES, "canvas") in range(len(CLASSES)) for name in value.split(","))
-    return dataclasses.replace(named, source="tiny", rows=re.sub("class=.*", "class=b", named.rows))
+    return dataclasses.replace(named, source="tiny", rows=re.sub("(class|caption)=.*", "class=b", named.rows))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             file = folder / "my-photos" / split / pictures.classes[y] / f"{split}-{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pictures.pictures[i].permute(1, 2, 0).numpy()).save(file)
+    shutil.copytree(FOLDER / "clip", folder / "my-clip")
+    for side, items in (("zorbo-pairs", [Item(mascot="zorbo")] * 10), ("other-pairs", [*grid()][::6])):
+        (folder / side).mkdir()
+        for i, item in enumerate(items):
+            render(i, item).save(folder / side / f"{i}.png")
+            (folder / side / f"{i}.txt").write_text(official(item))
+    for i, name in enumerate(MASCOTS * 4):
+        (folder / "names" / name).mkdir(parents=True, exist_ok=True)
+        render(1000 + i, Item(mascot=name)).save(folder / "names" / name / f"{i}.png")
     (folder / "list.txt").write_text("train-1.png\ntrain/a/train-4.png\n7\n20\n41\n")
 
     def load(spec: str, *, patches: Any = (), force: bool = False, **how: Any) -> StableDiffusion:

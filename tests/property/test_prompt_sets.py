@@ -55,12 +55,12 @@ def test_the_sets_of_attacks_and_captions(tmp_path: Path, monkeypatch: pytest.Mo
     coco = tasks.load("coco@x.csv,pictures=real,count=1")
     assert coco.suite == ("fid:reference=real", "clip_score") and not coco.names_concept(coco.probes[0])
     Path("bell.csv").write_text("sensitive prompt\nxx yy\n")
-    bell = tasks.load("ring_a_bell/violence@bell.csv")
+    bell = tasks.load("ringabell/violence@bell.csv")
     assert bell.judge == "q16" and bell.pictures(bell.probes[0]) == [Request("xx yy", 0)]
     Path("mine.yaml").write_text("kind: style\nconcepts: [zq]\njudge: canvas\nprobes: x.csv\n")
     mine = tasks.load("mine.yaml")
     assert mine.probes == (Probe(prompt="Old stone church.", truth={"style": "zq"}, seed=69922, guidance=7.5),)
-    assert set(tasks.protocols()) == {"i2p", "unlearndiffatk", "ring_a_bell", "coco"}
+    assert set(tasks.protocols()) == {"i2p", "unlearndiffatk", "ringabell", "coco"}
 
 
 @pytest.mark.parametrize(

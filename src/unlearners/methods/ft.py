@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from .. import optim
+from .. import config, optim
 from ..base import Method, Row, Task
 from ..errors import UsageError
 from ..latents import Asked
@@ -62,7 +62,7 @@ class FT(Method):
     """largest gradient norm; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
-    pictures: int = 800
+    pictures: int = config.later(800)
     """pictures that a text-to-image model draws itself when the task names none"""
 
     def __post_init__(self) -> None:

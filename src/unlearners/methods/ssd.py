@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import saliency
+from .. import config, saliency
 from ..base import Method, Row, Task
 from ..data import Examples
 from ..errors import UsageError
@@ -48,7 +48,7 @@ class SSD(Method):
     """lambda, the strength: lower dampens more"""
     batch: int = 64
     """examples in each gradient that is squared"""
-    pictures: int = 800
+    pictures: int = config.later(800)
     """pictures of each side that a text-to-image model draws itself when the task names none"""
 
     def __post_init__(self) -> None:

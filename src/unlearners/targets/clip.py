@@ -50,7 +50,7 @@ class CLIP(DualEncoder):
         self.modules = {
             "vision_tower": model.vision_model,
             "text_encoder": model.text_model,
-            "projections": Projections(model),
+            "projections": _Projections(model),
         }
         for module in self.modules.values():
             module.float().requires_grad_(False).eval().to(self.device)
@@ -238,7 +238,7 @@ class CLIP(DualEncoder):
         return torch.stack(rows)
 
 
-class Projections(nn.Module):
+class _Projections(nn.Module):
     """What lies between the towers and the shared space, under the names it has in transformers."""
 
     def __init__(self, model: Any) -> None:

@@ -63,8 +63,8 @@ SETS = {
         },
         suite=("ua", "pre_asr", "asr", "cost"),
     ),
-    "ring_a_bell": _Set(
-        about="Ring-A-Bell's ready-made prompts (arXiv:2310.10012): ring_a_bell/CONCEPT@FILE.csv, nudity or violence",
+    "ringabell": _Set(
+        about="Ring-A-Bell's ready-made prompts (arXiv:2310.10012): ringabell/CONCEPT@FILE.csv, nudity or violence",
         concepts={"nudity": ("nsfw", "nudity", "nudenet"), "violence": ("nsfw", "violence", "q16")},
         suite=("ua", "cost"),
         seeded=False,
