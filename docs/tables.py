@@ -18,6 +18,7 @@ from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "canvas_first" / "results.csv"
 FURTHER = ("cifar10_random10", "cifar10_class", "canvas_ddpm")
+BY_TASK = ("canvas_t2i",)
 README = ROOT / "README.md"
 START, END = "<!-- results -->", "<!-- end -->"
 METRICS = {"ua": "UA ↑", "ira": "IRA ↑", "cra": "CRA ↑", "asr/unlearndiffatk": "ASR ↓"}
@@ -81,6 +82,34 @@ def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
     return "\n".join([*lines, "", f"{made}; {seeds} seed{'s' if seeds > 1 else ''}. Intervals, n and presets: `{where}/results.csv`."])
 
 
+def by_task(grid: str, folder: Path = RESULTS.parent.parent) -> str:
+    """The table of a grid with several tasks: a column for each with UA / IRA / CRA / ASR, means over seeds. "" without its CSV."""
+    path = folder / grid / "results.csv"
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [r for r in csv.DictReader(file) if "[" not in r["method"]]
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for r in rows:
+        if r["value"]:
+            found.setdefault((r["method"], r["task"], r["metric"]), []).append(float(r["value"]))
+
+    def mean(method: str, task: str, metric: str, digits: int = 0) -> str:
+        values = found.get((method, task, metric))
+        return f"{sum(values) / len(values):.{digits}f}" if values else "–"
+
+    lines = [f"| method | {' | '.join(t.partition('/')[2] for t in tasks)} | seconds |", f"|---|{'---|' * len(tasks)}---|"]
+    for method in sorted(dict.fromkeys(r["method"] for r in rows), key=lambda m: m != "original"):
+        cells = [" / ".join(mean(method, t, m) for m in METRICS) for t in tasks]
+        shown = [c if c.strip("–/ ") else "–" for c in cells]
+        spent = [v for t in tasks for v in found.get((method, t, "cost/seconds"), [])]
+        lines.append(f"| {method} | {' | '.join(shown)} | {f'{sum(spent) / len(spent):.0f}' if spent else '–'} |")
+    made = ", ".join(dict.fromkeys(r["device"] for r in rows))
+    note = f"Cells: {' / '.join(METRICS.values())}; means over {len({r['seed'] for r in rows})} seeds on {made}. "
+    return "\n".join([*lines, "", note + f"Intervals, n, FID, CLIP score, memory, frontiers and claims: `bench/results/{grid}`."])
+
+
 def cell(rows: Sequence[Row]) -> str:
     """Mean, lowest and highest of the rows' values; a dash when nothing was measured."""
     values = [float(r["value"]) for r in rows if r["value"]]
@@ -105,6 +134,8 @@ def main(words: Sequence[str]) -> int:
     new = written(old, table())
     for grid in FURTHER:
         new = written(new, plain(grid), f"<!-- results: {grid} -->")
+    for grid in BY_TASK:
+        new = written(new, by_task(grid), f"<!-- results: {grid} -->")
     if "--check" in words:
         if old != new:
             print("README.md does not say what the CSV files say; run: python docs/tables.py", file=sys.stderr)

@@ -47,7 +47,7 @@ SHOWN = ("text", "toml", "bibtex")
 STANDS_FOR = {
     "sd14": "canvas", "canvas-finetuned": "canvas",
     "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4",
-    "canvas-clip": "tiny-clip", "canvas-llava": "tiny-llava",
+    "canvas-clip": "tiny-clip",
 }  # fmt: skip
 """a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
 CANVAS = ("canvas", *data.CANVAS)
@@ -168,7 +168,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     def load(spec: str, *, patches: Any = (), force: bool = False, **how: Any) -> StableDiffusion:
         if spec != "canvas" or how != {"device": "cpu", "dtype": torch.float32}:
             return read(spec, patches=patches, force=force, **how)
-        target = copy.deepcopy(canvas)  # ten times faster than reading it again
+        # ten times faster than reading it again; transformers' tokenizers read otherwise once they are copied
+        target = copy.deepcopy(canvas, {id(t): t for t in canvas.tokenizers})
         target.patch(patches, force=force)
         return target
 
@@ -249,7 +250,7 @@ def test_the_cut_is_only_in_budgets() -> None:
         for name in registry.names(kind):
             part = registry.make(kind, name)
             changed = {f.name for f in dataclasses.fields(part) if getattr(part, f.name) != getattr(cut(part), f.name)}
-            assert changed <= CUT.keys()
+            assert changed <= {*CUT, "goal"}
 
 
 # --- generated pages ----------------------------------------------------------------------------------------------
@@ -301,7 +302,8 @@ def test_a_page_has_its_parts_in_order(kind: str, name: str) -> None:
     wanted = ["Equation", "Fields", "Use"]
     if kind != "judges":
         wanted += ["Logged numbers", "Deviations from the authors' code"]
-    headings = [h for h in re.findall(r"^## (.+)$", page, re.MULTILINE) if h not in ("Idea", "Presets")]
+    free = ("Idea", "Presets", *(("Deviations from the authors' code",) if kind == "judges" else ()))
+    headings = [h for h in re.findall(r"^## (.+)$", page, re.MULTILINE) if h not in free]
     assert headings == wanted
     used = {language for language, _ in blocks(page.partition("## Use")[2])}
     assert {"bash", "python", "yaml"} <= used

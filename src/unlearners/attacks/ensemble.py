@@ -31,7 +31,7 @@ class Ensemble(Attack):
 
     Logged: what the member logs, with ``member`` its number in the list, from 1, and ``survivors`` prompts not yet broken by any.
 
-    Deviations: there is no paper; a common practice.
+    Deviations from the authors' code: there is no paper, and no authors; it is common practice.
     """
 
     needs = TextToImage

@@ -31,7 +31,9 @@ class TINA(Attack):
 
     Logged: ``t`` noise level just inverted; ``before`` and ``loss`` mean squared f(z_t) - z_t at the start and the end of its iterations.
 
-    Deviations from the authors' code, which was not at hand; the settings are those reported for the paper:
+    The authors' code was not at hand; the settings are those reported for the paper.
+
+    Deviations from the authors' code:
       1. Pictures are inverted ``batch`` at a time; the loss is a sum over them, so each one's search is its own.
       2. The optimiser is AdamW without weight decay; how much theirs has is not known.
       3. T is the number of steps that pictures are drawn in: 50 for Stable Diffusion, as in the paper, and 20 for the canvas.

@@ -40,7 +40,7 @@ class Imagenet(Judge):
     A concept must be a class ("church", "garbage truck", "parachute", "tench" …) or one of a few synonyms; the others of the task's
     labels are found where they are classes. Every picture gets a class, also one that shows nothing.
 
-    Deviations from others' code: SalUn takes these weights and top-1, as here. UnlearnDiffAtk takes another ResNet-50, which is
+    Deviations from the authors' code: SalUn takes these weights and top-1, as here. UnlearnDiffAtk takes another ResNet-50, which is
     ``style:model=microsoft/resnet-50`` here.
     """
 

@@ -69,8 +69,7 @@ class SLUG(Method):
     batch: int = 128
     """pairs in each pass; the contrastive loss compares within it"""
     select: Select = "pareto"
-    """which layers are tried: of the front, or as controls the most important, the least aligned, a random one, all of the front or all
-    at once"""
+    """layers that are tried: of the front; controls: the most important, least aligned or a random one, all of the front or all at once"""
     rule: Literal["best", "deepest"] = "best"
     """among those of the front: the one that keeps most, or the deepest block (the authors' code)"""
     top: int = 4

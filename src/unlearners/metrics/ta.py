@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..base import Data, Metric, Outputs, Score, Target, Task, kebab, rate
-from ..errors import UsageError
-from ..targets.base import DualEncoder
+from ..base import Data, Metric, Outputs, Score, Task, rate
+from ..targets.base import DualEncoder, Recogniser
 from ..targets.classifier import Classifier
 from ._logits import right
 from ._naming import named, within
@@ -29,18 +28,17 @@ class TA(Metric):
     SLUG averages TA over 100 names that include the forgotten one; here it does not.
     """
 
-    needs = Target
+    needs = Recogniser
     higher_is_better: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv:2310.12508"
 
     def data(self, target: Any, task: Task) -> list[Data]:
         return [task.holdout, *(task.utility if isinstance(target, DualEncoder) else ())]
 
-    def score(self, target: Any, task: Task, outputs: Outputs) -> Score | dict[str, Score]:
+    def score(self, target: Recogniser, task: Task, outputs: Outputs) -> Score | dict[str, Score]:
         if isinstance(target, Classifier):
             return rate(right(outputs, task.holdout))
-        if not isinstance(target, DualEncoder):
-            raise UsageError(f"ta reads logits or embeddings, and a {kebab(target)} gives neither; leave it out with --metrics")
+        assert isinstance(target, DualEncoder)
         cosines, y, gone, _ = named(target, task, outputs, task.holdout)
         found = {f"top{k}": within(cosines[~gone], y[~gone], k) for k in (1, 5)}
         for data in task.utility:

@@ -35,6 +35,10 @@ class Names(Target):
     """A model that ties what it sees or draws to names: a classifier, a dual encoder, one that draws texts or answers questions."""
 
 
+class Recogniser(Names):
+    """A model that tells pictures by name: a classifier or a dual encoder."""
+
+
 @lru_cache(maxsize=64)
 def hub_config(spec: str, name: str = "config.json") -> dict[str, Any]:
     """``described`` of a file of a local folder, or of a hub repository when ``spec`` is the id of one; {} where it has none."""
@@ -248,7 +252,7 @@ class TextToImage(Denoiser, Names):
         """How a report writes an adversarial input."""
 
 
-class DualEncoder(Learner, Names):
+class DualEncoder(Learner, Recogniser):
     """Pictures and texts in one space: CLIP and its kin."""
 
     side: int

@@ -19,12 +19,12 @@ from ..data import Examples
 from ..errors import RefusedError, UsageError
 from ..files import sentence
 from ..zoo import canvas
-from .base import Names, Trainable, described
+from .base import Recogniser, Trainable, described
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-class Classifier(Trainable, Names):
+class Classifier(Trainable, Recogniser):
     """A network from pictures (B, 3, side, side) in [0, 1] to logits (B, K). Normalisation with ``mean`` and ``std`` is done inside."""
 
     aliases: ClassVar[Mapping[str, str]] = {"canvas-classifier": str(canvas.FOLDER / "classifier"), "tiny-classifier": ""}
