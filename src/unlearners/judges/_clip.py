@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UnlearnError
@@ -22,7 +23,7 @@ def load_clip(name: str) -> tuple[Any, Any]:
     try:
         model: Any = CLIPModel.from_pretrained(source)
         processor: Any = CLIPProcessor.from_pretrained(source)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UnlearnError(f"CLIP '{name}' could not be loaded; connect once, or give a local folder or 'canvas' as its model") from error
     return model.float().requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 

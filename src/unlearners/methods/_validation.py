@@ -6,6 +6,7 @@ Measured on pictures that no reported number is measured on: a validation split,
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,14 +31,15 @@ ROWS = 256  # pictures that go through a tower together
 FIRST = 5_000_000  # the first image seed, far from those that are reported
 
 
-class Scorer:
-    """Forget accuracy and utility of a target as it is now, in percent."""
+class Scorer(ABC):
+    """Forget accuracy and utility of a target, in percent."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
 
+    @abstractmethod
     def now(self) -> tuple[float, float]:
-        raise NotImplementedError
+        """Both of the target as it is now."""
 
     def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
         """What each step of ``edit`` would do; the weights are as before afterwards."""
