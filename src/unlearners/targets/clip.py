@@ -184,6 +184,8 @@ class CLIP(DualEncoder):
 
     def open(self, data: Data) -> Examples:
         """The pictures ``data`` names with their captions or, where they have none, with their class said in ``data.forms``."""
+        if not data.source:
+            raise UsageError("the task has no pictures with captions for a CLIP; give them with --forget and --retain, or use a clip/ task")
         examples = open_data(data, self.side, self.device, "flip")
         if examples.source.captions:
             texts = tuple(examples.source.captions[i] for i in examples.indices.tolist())
