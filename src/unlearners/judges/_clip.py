@@ -23,8 +23,10 @@ def load_clip(name: str) -> tuple[Any, Any]:
     try:
         model: Any = CLIPModel.from_pretrained(source)
         processor: Any = CLIPProcessor.from_pretrained(source)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UnlearnError(f"CLIP '{name}' could not be loaded; connect once, or give a local folder or 'canvas' as its model") from error
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UnlearnError(f"CLIP '{name}' is damaged or is no CLIPModel; copy it again, or give 'canvas' as its model") from error
     return model.float().requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
