@@ -17,8 +17,7 @@ from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "canvas_first" / "results.csv"
-FURTHER = ("cifar10_random10", "cifar10_class", "canvas_ddpm")
-BY_TASK = ("canvas_t2i",)
+FURTHER = ("cifar10_random10", "cifar10_class", "canvas_ddpm", "canvas_clip")
 README = ROOT / "README.md"
 START, END = "<!-- results -->", "<!-- end -->"
 METRICS = {"ua": "UA ↑", "ira": "IRA ↑", "cra": "CRA ↑", "asr/unlearndiffatk": "ASR ↓"}
@@ -31,7 +30,19 @@ NUMBERS = {
     "rmia/auc": "RMIA",
     "fid/canvas_judge": "FID ↓",
     "avg_gap": "Avg. Gap ↓",
+    "fa/top1": "FA@1 ↓",
+    "ta/top1": "TA ↑",
+    "mia_cosine": "MIA",
     "cost/seconds": "seconds",
+}
+NAMING = {"fa/top1": "FA@1 ↓", "ta/top1": "TA ↑"}
+ANSWERS = {"name_accuracy/forgotten": "forgotten names ↓", "vqa/others": "other names ↑"}
+# what stands behind "results: " in README.md → the grid and the numbers in a cell
+BY_TASK = {
+    "canvas_t2i": ("canvas_t2i", METRICS),
+    "canvas_clip_several": ("canvas_clip_several", NAMING),
+    "canvas_slug": ("canvas_slug", METRICS),
+    "canvas_slug, answers": ("canvas_slug", ANSWERS),
 }
 GROUPS = {"styles": tuple(STYLES), "objects": tuple(OBJECTS), "mascots": MASCOTS}
 
@@ -66,7 +77,7 @@ def table(path: Path = RESULTS) -> str:
 
 
 def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
-    """The table of a grid with one task, method by method: the mean over seeds of each number that was measured. "" without its CSV."""
+    """The table of a grid, method by method: the mean over tasks and seeds of each number that was measured. "" without its CSV."""
     path = folder / grid / "results.csv"
     if not path.is_file():
         return ""
@@ -77,13 +88,18 @@ def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
     for method in sorted(dict.fromkeys(r["method"] for r in rows), key=lambda m: (m != "original", m != "retrain")):
         mine = [r for r in rows if r["method"] == method]
         lines.append(f"| {method} | {' | '.join(cell([r for r in mine if r['metric'] == m]) for m in shown)} |")
-    seeds, made = len({r["seed"] for r in rows}), ", ".join(dict.fromkeys(f"{r['target']} on {r['device']}" for r in rows))
+    seeds, tasks = (len({r[k] for r in rows}) for k in ("seed", "task"))
+    made = ", ".join(dict.fromkeys(f"{r['target']} on {r['device']}" for r in rows))
     where = f"bench/results/{grid}"
-    return "\n".join([*lines, "", f"{made}; {seeds} seed{'s' if seeds > 1 else ''}. Intervals, n and presets: `{where}/results.csv`."])
+    over = (f"{tasks} tasks, " if tasks > 1 else "") + f"{seeds} seed{'s' if seeds > 1 else ''}"
+    return "\n".join([*lines, "", f"{made}; {over}. Intervals, n and presets: `{where}/results.csv`."])
 
 
-def by_task(grid: str, folder: Path = RESULTS.parent.parent) -> str:
-    """The table of a grid with several tasks: a column for each with UA / IRA / CRA / ASR, means over seeds. "" without its CSV."""
+def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESULTS.parent.parent) -> str:
+    """The table of a grid with several tasks: a column for each with all ``metrics``, means over seeds. "" without its CSV.
+
+    Methods of which none of them was measured are left out.
+    """
     path = folder / grid / "results.csv"
     if not path.is_file():
         return ""
@@ -100,14 +116,14 @@ def by_task(grid: str, folder: Path = RESULTS.parent.parent) -> str:
         return f"{sum(values) / len(values):.{digits}f}" if values else "–"
 
     lines = [f"| method | {' | '.join(t.partition('/')[2] for t in tasks)} | seconds |", f"|---|{'---|' * len(tasks)}---|"]
-    for method in sorted(dict.fromkeys(r["method"] for r in rows), key=lambda m: m != "original"):
-        cells = [" / ".join(mean(method, t, m) for m in METRICS) for t in tasks]
+    for method in sorted(dict.fromkeys(r["method"] for r in rows if r["metric"] in metrics), key=lambda m: m != "original"):
+        cells = [" / ".join(mean(method, t, m) for m in metrics) for t in tasks]
         shown = [c if c.strip("–/ ") else "–" for c in cells]
         spent = [v for t in tasks for v in found.get((method, t, "cost/seconds"), [])]
         lines.append(f"| {method} | {' | '.join(shown)} | {f'{sum(spent) / len(spent):.0f}' if spent else '–'} |")
     made = ", ".join(dict.fromkeys(r["device"] for r in rows))
-    note = f"Cells: {' / '.join(METRICS.values())}; means over {len({r['seed'] for r in rows})} seeds on {made}. "
-    return "\n".join([*lines, "", note + f"Intervals, n, FID, CLIP score, memory, frontiers and claims: `bench/results/{grid}`."])
+    note = f"Cells: {' / '.join(metrics.values())}; means over {len({r['seed'] for r in rows})} seeds on {made}. "
+    return "\n".join([*lines, "", note + f"Intervals, n, all other numbers and the claims: `bench/results/{grid}`."])
 
 
 def cell(rows: Sequence[Row]) -> str:
@@ -134,8 +150,8 @@ def main(words: Sequence[str]) -> int:
     new = written(old, table())
     for grid in FURTHER:
         new = written(new, plain(grid), f"<!-- results: {grid} -->")
-    for grid in BY_TASK:
-        new = written(new, by_task(grid), f"<!-- results: {grid} -->")
+    for mark, (grid, metrics) in BY_TASK.items():
+        new = written(new, by_task(grid, metrics), f"<!-- results: {mark} -->")
     if "--check" in words:
         if old != new:
             print("README.md does not say what the CSV files say; run: python docs/tables.py", file=sys.stderr)

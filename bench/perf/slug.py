@@ -40,6 +40,8 @@ class Given(CLIP):
     """A CLIP that is handed its pairs."""
 
     sides: dict[str, Examples]
+    padded: Any
+    """its tokenizer, which fills every text up to the context"""
 
     def forgotten(self, task: Task, asked: Asked) -> Examples:
         return self.sides["forget"]
@@ -60,7 +62,7 @@ def made(pairs: int, device: str) -> Given:
         return words(list(texts), padding="max_length", truncation=True, max_length=77, return_tensors="pt")
 
     target = Given(model, tokenize, {"mean": MEAN, "std": STD}, "perf", device, torch.float32)
-    target.sides = {}
+    target.sides, target.padded = {}, tokenize
     for side in ("forget", "retain"):
         x = F.interpolate(torch.rand(pairs, 3, 14, 14), (224, 224), mode="bilinear")
         said = [
@@ -72,7 +74,7 @@ def made(pairs: int, device: str) -> Given:
 
 
 # --- the official order -------------------------------------------------------------------------------------------
-def official(target: Given, folder: Path, layers: int, steps: int, seen: dict[str, float]) -> None:
+def official(target: Given, folder: Path, layers: int, steps: int, seen: dict[str, float], tried: list[str]) -> None:
     """Two gradient dictionaries of the whole model, batch by batch and on disk; then a deep copy of the model for every step tried,
     with which every name and every picture is encoded again."""
     start = perf_counter()
@@ -89,12 +91,18 @@ def official(target: Given, folder: Path, layers: int, steps: int, seen: dict[st
     start = perf_counter()
     for tower in dict.fromkeys(a.tower for a in found):
         for a in [a for a in front if a.tower == tower][:layers]:
+            tried.append(a.name)
             first = float(theta[a.name].norm() / grads["forget"][a.name].norm()) / 10
             for k in range(steps):
                 copy = deepcopy(target)
                 copy.named()[a.name].data.add_(grads["forget"][a.name], alpha=first * (1 + k))
                 evaluate(copy)
     seen["search"] = perf_counter() - start
+
+
+def texts(target: Given, said: list[str]) -> Tensor:
+    """Every text at the full length of the context, as open_clip's tokenizer gives it."""
+    return target.project("text", target.modules["text_encoder"](**target.padded(said)).pooler_output)
 
 
 def gradients(target: Given, examples: Examples, forget: bool) -> dict[str, Tensor]:
@@ -105,7 +113,7 @@ def gradients(target: Given, examples: Examples, forget: bool) -> dict[str, Tens
     count = 0
     for batch in examples.batches(SMALL):
         v = target.images(batch["x"])
-        t = target.project("text", target.modules["text_encoder"](**target.tokenize(batch["text"])).pooler_output)
+        t = texts(target, list(batch["text"]))
         if forget:
             loss = (1 - (v * t).sum(1)).mean()
         else:
@@ -127,8 +135,8 @@ def evaluate(target: Given) -> None:
     """Pictures of both sides, as many as our search looks at, against all names."""
     for side, most in (("forget", 256), ("retain", 512)):
         examples = target.sides[side]
-        texts = [*list(dict.fromkeys(target.sides["retain"].texts))[:100], CONCEPT]
-        T = torch.cat([target.texts(texts[i : i + SMALL]) for i in range(0, len(texts), SMALL)])
+        names = [*list(dict.fromkeys(target.sides["retain"].texts))[:100], CONCEPT]
+        T = torch.cat([texts(target, names[i : i + SMALL]) for i in range(0, len(names), SMALL)])
         for i in range(0, min(most, len(examples)), SMALL):
             x = examples.batch(torch.arange(i, min(i + SMALL, len(examples))))["x"]
             (target.images(x) @ T.T).topk(5)
@@ -141,6 +149,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1, help="of each tower's front that are searched, on both sides")
     parser.add_argument("--evaluations", type=int, default=10, help="steps tried for each layer, on both sides")
     parser.add_argument("--repeats", type=int, default=1, help="of each side, in turn")
+    parser.add_argument("--dtype", default="bfloat16", help="of our side's autocast; the official code computes in float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -162,13 +171,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     method = SLUG(top=args.layers, evaluations=args.evaluations, at_once=5, goal=-1.0, top_names=5)
     spent: dict[str, list[tuple[float, float, int]]] = {"ours": [], "official": []}
     stages: dict[str, dict[str, float]] = {"ours": {}, "official": {}}
-    size = 0
+    size, searched = 0, {"ours": list[str](), "official": list[str]()}
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as name:
             os.environ["XDG_CACHE_HOME"] = name  # so that no gradient of an earlier repeat is found
             log: list[dict[str, float]] = []
             model = target.frozen()
-            model.sides = target.sides
+            model.sides, model.padded, model.amp = target.sides, target.padded, getattr(torch, args.dtype)
             before = patch.fingerprint(model.modules)
             spent["ours"].append(timed(args.device, lambda m=model, rows=log: method(m, task, seed=0, log=rows.append)))  # type: ignore[misc]
             stages["ours"] = {k: v for k, v in log[-1].items() if k.endswith("_seconds")}
@@ -176,17 +185,22 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             changed = patch.diff(before, model.modules)
             patch.save(patch.Patch(tensors=changed, base=dict(target.base["sha256"].items())), file)
             size = file.stat().st_size
+            names = single_layer.candidates(target.named())
+            searched["ours"] = list(dict.fromkeys(names[int(r["layer"])] for r in log if "alpha" in r and "layer" in r))
             print(f"ours: {spent['ours'][-1][0]:.0f} s {stages['ours']}")
             spent["official"].append(
-                timed(args.device, lambda f=Path(name): official(target, f, args.layers, args.evaluations, stages["official"]))  # type: ignore[misc]
+                timed(
+                    args.device,
+                    lambda f=Path(name): official(target, f, args.layers, args.evaluations, stages["official"], searched["official"]),
+                )  # type: ignore[misc]
             )
             print(f"official order: {spent['official'][-1][0]:.0f} s {stages['official']}")
     (ours, cpu), (theirs, their_cpu) = ((median(s[0] for s in side), median(s[1] for s in side)) for side in spent.values())
     return {
         "name": "slug", "ours_s": ours, "official_order_s": theirs, "ratio": theirs / ours,
-        "peak_bytes": spent["ours"][0][2], "device": args.device, "ours_cpu_s": cpu, "official_order_cpu_s": their_cpu,
+        "peak_bytes": spent["ours"][0][2], "device": args.device, "dtype": args.dtype, "ours_cpu_s": cpu, "official_order_cpu_s": their_cpu,
         "cpu_ratio": their_cpu / cpu, "pairs": args.pairs, "layers": args.layers, "evaluations": args.evaluations,
-        "threads": args.threads, "repeats": args.repeats, "stages": stages, "patch_bytes": size,
+        "threads": args.threads, "repeats": args.repeats, "stages": stages, "searched": searched, "patch_bytes": size,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adopt import adopt as adopt
     from .bench import bench as bench
     from .exports import export as export
     from .registry import names as names
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from .train import train as train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attack", "bench", "erase", "evaluate", "export", "load", "names", "report", "train"]
+__all__ = ["__version__", "adopt", "attack", "bench", "erase", "evaluate", "export", "load", "names", "report", "train"]
 
 _HOME = {
-    "attack": "run", "bench": "bench", "erase": "run", "evaluate": "run", "export": "exports",
+    "adopt": "adopt", "attack": "run", "bench": "bench", "erase": "run", "evaluate": "run", "export": "exports",
     "load": "targets", "names": "registry", "report": "report", "train": "train",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from . import config, registry, run, tables, tasks
 from .base import Data, Method, Run, Task
 from .board import Board
+from .data import has_validation
 from .errors import UsageError
 from .files import replacing, turn
 from .session import Progress
@@ -45,6 +46,8 @@ class Cell:
     """for a method: another target than the grid's"""
     of: str = ""
     """for plug: the label of the method whose weights are put on, as trained for the same task and seed"""
+    metrics: tuple[str, ...] = ()
+    """for a method: what is measured of it; the grid's metrics when empty"""
     prompts: int = 0
     """for an attack: how many prompts; 0 takes all that name the concept once"""
 
@@ -174,7 +177,7 @@ def read(path: str | Path) -> Grid:
         for cell in parts:
             for values in points(cell):
                 _made(kind, cell, {**cell.fields, **values, **({"patch": cell.of} if cell.of else {})})
-    for metric in spec.metrics:
+    for metric in (*spec.metrics, *(m for c in spec.methods for m in c.metrics)):
         registry.path("metrics", metric)
     seen = set()
     for task, label, cell, _, seed in cells(spec):
@@ -375,10 +378,14 @@ class _Plan:
             needs = (*needs, f"erase {self.folder(self.source(p)).name}")
         return Job(key=f"erase {folder.name}", kind="erase", task=p.task, method=p.label, seed=p.seed, do=_erase, how=how, needs=needs)
 
+    def metrics(self, p: Planned) -> tuple[str, ...]:
+        """What is measured of a run."""
+        return p.cell.metrics or self.spec.metrics or self.task(p.task).suite
+
     def score(self, p: Planned) -> Job:
         """Attack and evaluate, once the run and the models it is compared with are there."""
         spec, task = self.spec, self.task(p.task)
-        metrics = spec.metrics or task.suite
+        metrics = self.metrics(p)
         retrained = [r for r in cells(spec) if r.cell.name == REFERENCE and r.task == p.task] if set(REFERENCED) & set(metrics) else []
         others = [r for r in retrained if r.seed != p.seed] or [r for r in retrained if r.label != p.label]  # none is its own reference
         attacks = [
@@ -392,7 +399,7 @@ class _Plan:
             "preset": p.cell.preset or "paper",
         }
         how = {
-            "folder": self.folder(p), "attacks": attacks, "metrics": spec.metrics, "seeds": task.seeds[: spec.image_seeds or None],
+            "folder": self.folder(p), "attacks": attacks, "metrics": metrics, "seeds": task.seeds[: spec.image_seeds or None],
             "steps": spec.image_steps, "references": [self.folder(r) for r in others], "device": spec.device, "common": common,
             "untouched": _untouched(p.cell),
         }  # fmt: skip
@@ -410,7 +417,7 @@ class _Plan:
     def jobs(self, planned: Sequence[Planned]) -> list[Job]:
         """Everything that ``planned`` takes. The runs that others are compared with come early."""
         out: list[Job] = []
-        first = [p for p in planned if p.cell.name == REFERENCE and set(REFERENCED) & set(self.spec.metrics or self.task(p.task).suite)]
+        first = [p for p in planned if p.cell.name == REFERENCE and set(REFERENCED) & set(self.metrics(p))]
         for p in first:
             out += [*self.train(p.seed), self.erase(p)]
         for p in planned:
@@ -432,7 +439,7 @@ class _Plan:
                 raise UsageError(f"--select cannot go by {metric}, which needs other models; take it out of 'select.metrics'")
         for name in {t for c in swept for t in c.tasks or spec.tasks}:
             data = self.task(name).holdout
-            if not data.source or not data.validation:
+            if not data.source or not (data.validation or has_validation(data.source)):
                 raise UsageError(f"--select needs a validation split and task {name} has none; give its data a 'validation' share")
 
     def candidates(self) -> list[Candidate]:

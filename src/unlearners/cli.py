@@ -220,11 +220,7 @@ class Erase(Verb):
             if not (self.data and self.forget):
                 raise UsageError("--data names the training pictures and --forget which of them to forget; give both")
             return tasks.from_data(_here(self.data), self.forget, seed=self.split_seed, validation=self.validation)
-        if self.task:
-            if self.concept_kind or self.anchor or self.preserve:
-                raise UsageError("--kind, --anchor and --preserve describe a --concept; a task has its own, so leave them out")
-            return tasks.load(self.task)
-        return tasks.from_concept(self.concept, self.concept_kind or "object", anchors=self.anchor, preserve=self.preserve)
+        return _described(self.task, self.concept, self.concept_kind, self.anchor, self.preserve)
 
     def say(self, result: Result) -> None:
         if self.dry_run:
@@ -291,7 +287,67 @@ class Train(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Verb):
+class Judged(Verb):
+    """What the verbs have that look at an erased model: a run folder, or the model of somebody else, which is made one first."""
+
+    base: str = ""
+    """for a model of others: what it was before the erasure, as 'unlearn erase' takes it; whole models can do without"""
+    task: str = ""
+    """for a model of others: the task it was made to forget, a registered one or a YAML file; or use --concept"""
+    concept: tuple[str, ...] = ()
+    """for a model of others: what it was made to forget, in words, in place of a task"""
+    concept_kind: Annotated[Literal["style", "object", "identity", "nsfw"] | None, tyro.conf.arg(name="kind")] = None
+    """what --concept is; object when left out"""
+    preserve: tuple[str, ...] = ()
+    """what had to stay beside --concept; by its kind when left out"""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """for a model of others: its numbers; float32 when left out"""
+    runs: Path = Path("runs")
+    """where the run folder of a model of others goes"""
+
+    def foreign(self, folder: Path) -> Task | None:
+        """What a model of others was made to forget; None when ``folder`` is a run."""
+        given = {"base": self.base, "task": self.task, "concept": self.concept, "kind": self.concept_kind}
+        named = [k for k, v in {**given, "preserve": self.preserve, "dtype": self.dtype}.items() if v]
+        if (folder / "run.json").is_file():
+            if named:
+                raise UsageError(f"{folder} is a run folder, which says itself what was erased from what; leave --{named[0]} out")
+            return None
+        if bool(self.task) + bool(self.concept) != 1:
+            raise UsageError(
+                f"{folder} is no run folder, which 'unlearn erase' makes; if others erased it, say what it was made to forget in one way: "
+                "--task ('unlearn list tasks') or --concept \"some text\""
+            )
+        return _described(self.task, self.concept, self.concept_kind, (), self.preserve)
+
+    def planned(self, folder: Path) -> tuple[Path, Any, Task]:
+        """The run folder, and its method and task; nothing is made."""
+        task = self.foreign(folder)
+        if task is None:
+            return folder, *_parts(_record(folder))
+        from .adopt import plan
+
+        run = plan(folder, task, base=self.base, dtype=self.dtype or "float32")
+        return self.runs / run.folder, run.method, task
+
+    def found(self, folder: Path, device: str, progress: Any) -> Path:
+        """The run folder, which is made for a model of others."""
+        task = self.foreign(folder)
+        if task is None:
+            return folder
+        from .adopt import adopt
+
+        how: Result = {"base": self.base, "runs": self.runs, "dtype": self.dtype or "float32", "device": _device(device)}
+        return adopt(folder, task, progress=progress, **how)
+
+    def adopted(self, folder: Path, result: Result) -> None:
+        """Say where the run of a model of others is."""
+        if result["folder"] != str(folder):
+            print(f"{folder} is now a run: {result['folder']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Judged):
     """Look for prompts that bring an erased concept back.
 
     ATTACK comes first; 'unlearn attack ATTACK --help' shows its own flags.
@@ -304,7 +360,7 @@ class Attack(Verb):
     attack: Positional[str]
     """how: a registered attack"""
     folder: Positional[Path]
-    """the run folder to attack"""
+    """what: a run folder; or, with --task and --base, what others erased: a model folder or hub id, a component's folder, a weights file"""
     preset: str = ""
     """start from these published settings"""
     config: str = ""
@@ -328,24 +384,26 @@ class Attack(Verb):
         from . import run
 
         if self.dry_run:
-            record = _record(self.folder)
-            with _rehearsal(*_parts(record)) as folder:
+            where, method, task = self.planned(self.folder)
+            with _rehearsal(method, task) as folder:
                 file = run.attack(_cut(part), folder, seed=self.seed, prompts=2)
                 tried = _rates(json.loads(file.read_text()))
-            would = {"folder": str(self.folder), "attack": {"name": self.attack, **config.to_dict(part)}}
-            return {"dry_run": True, "file": str(self.folder / "attacks" / f"{self.attack}.json"), **would, "tried": tried}
+            would = {"folder": str(where), "attack": {"name": self.attack, **config.to_dict(part)}}
+            return {"dry_run": True, "file": str(where / "attacks" / f"{self.attack}.json"), **would, "tried": tried}
         with run.progress_bars() as bars:
+            where = self.found(self.folder, self.device, bars)
             file = run.attack(
-                part, self.folder, seed=self.seed, prompts=self.prompts, steps=self.steps, guidance=self.guidance,
+                part, where, seed=self.seed, prompts=self.prompts, steps=self.steps, guidance=self.guidance,
                 suite=self.suite, max_tokens=self.max_tokens, device=_device(self.device), progress=bars,
             )  # fmt: skip
-        return {"file": str(file), **_rates(json.loads(file.read_text()))}
+        return {"file": str(file), "folder": str(where), **_rates(json.loads(file.read_text()))}
 
     def say(self, result: Result) -> None:
         if self.dry_run:
             print(f"would run {_settings(result['attack'])} on {self.folder} and write {result['file']}")
             print(f"tried on {result['tried']['prompts']} prompts of the tiny model")
         else:
+            self.adopted(self.folder, result)
             n, before, success = result["prompts"], result["before"], result["success"]
             print(f"{self.attack}: {success} of {n} prompts bring the concept back; {before} did so without an attack")
             if (kept := result.get("filter")) and kept["attacked"] < n:
@@ -354,14 +412,14 @@ class Attack(Verb):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Verb):
-    """Generate pictures once and measure a run with all metrics of its task."""
+class Evaluate(Judged):
+    """Generate pictures once and measure a run, or a model that others erased, with all metrics of its task."""
 
     lists: ClassVar[Sequence[str]] = ("metrics",)
     resumes: ClassVar[bool] = True
 
     folder: Positional[Path]
-    """the run folder to measure"""
+    """what: a run folder; or, with --task and --base, what others erased: a model folder or hub id, a component's folder, a weights file"""
     metrics: tuple[str, ...] = ()
     """metrics to compute, with fields where they are wanted (fid:reference=FOLDER); those of the task when left out"""
     suite: str = ""
@@ -387,8 +445,7 @@ class Evaluate(Verb):
         metrics = [_canonical("metrics", name) + colon + rest for name, colon, rest in (m.partition(":") for m in self.metrics)]
         for name in metrics:
             registry.path("metrics", name.partition(":")[0])  # an unknown name is said before anything is loaded
-        record = _record(self.folder)
-        method, task = _parts(record)
+        where, method, task = self.planned(self.folder)
         task = tasks.load(self.suite) if self.suite else task
         how: Result = {"guidance": self.guidance, "batch": self.batch}
         if self.dry_run:
@@ -396,19 +453,22 @@ class Evaluate(Verb):
             with _rehearsal(method, task) as folder:
                 run.evaluate(folder, metrics=tried, steps=2, **how)
                 rows = run.results(folder)
-            return {"dry_run": True, "file": str(self.folder / "results.json"), "metrics": metrics or list(task.suite), "tried": rows}
+            return {"dry_run": True, "file": str(where / "results.json"), "metrics": metrics or list(task.suite), "tried": rows}
         more = range(max(task.seeds) + 1, max(task.seeds) + 1 + self.seeds)
         seeds = (*task.seeds, *more)[: self.seeds] if self.seeds else None
         how |= {"metrics": metrics or None, "seeds": seeds, "steps": self.steps or None, "device": _device(self.device)}
         with run.progress_bars() as bars:
-            file = run.evaluate(self.folder, progress=bars, references=self.references, split=self.split, suite=self.suite, **how)
-        rows = run.results(self.folder) if self.split == "test" and not self.suite else json.loads(file.read_text())
-        return {"file": str(file), "results": rows, "plot": _plotted(rows, file)}
+            where = self.found(self.folder, self.device, bars)
+            file = run.evaluate(where, progress=bars, references=self.references, split=self.split, suite=self.suite, **how)
+        rows = run.results(where) if self.split == "test" and not self.suite else json.loads(file.read_text())
+        return {"file": str(file), "folder": str(where), "results": rows, "plot": _plotted(rows, file)}
 
     def say(self, result: Result) -> None:
         if self.dry_run:
             print(f"would measure {', '.join(result['metrics'])} and write {result['file']}")
             print("tried on the tiny model, where the numbers mean nothing:")
+        else:
+            self.adopted(self.folder, result)
         _table(result["tried"] if self.dry_run else result["results"])
         if not self.dry_run:
             for file in filter(None, (result["plot"], result["file"])):
@@ -421,17 +481,17 @@ class Report(Verb):
 
     folders: Positional[tuple[Path, ...]]
     """run folders, or folders of run folders"""
-    images: bool = False
-    """put pictures into the report, however many"""
+    show_images: bool = False
+    """put pictures into the report, however many, also those of sensitive tasks"""
     no_images: bool = False
     """leave pictures out"""
 
     def do(self, part: Any) -> Result:
         from .report import report
 
-        if self.images and self.no_images:
-            raise UsageError("--images and --no-images contradict each other; give one of them")
-        images = True if self.images else False if self.no_images else None
+        if self.show_images and self.no_images:
+            raise UsageError("--show-images and --no-images contradict each other; give one of them")
+        images = True if self.show_images else False if self.no_images else None
         if not self.folders:
             raise UsageError("name at least one run folder, for example: unlearn report runs")
         if missing := [f for f in self.folders if not f.is_dir()]:
@@ -843,6 +903,15 @@ def _cut(part: Any) -> Any:
         elif f.name == "patch":
             lower[f.name] = ""  # no patch of a model fits the tiny one
     return dataclasses.replace(part, **lower)
+
+
+def _described(task: str, concept: Sequence[str], kind: Any, anchor: Sequence[str], preserve: Sequence[str]) -> Task:
+    """The task that was named, or else described in words."""
+    from . import tasks
+
+    if task and (kind or anchor or preserve):
+        raise UsageError("--kind, --anchor and --preserve describe a --concept; a task has its own, so leave them out")
+    return tasks.load(task) if task else tasks.from_concept(concept, kind or "object", anchors=anchor, preserve=preserve)
 
 
 def _here(spec: str) -> str:

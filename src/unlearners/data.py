@@ -300,6 +300,11 @@ def splits(name: str) -> list[str]:
     return list(_dataset(local(name)))
 
 
+def has_validation(name: str) -> bool:
+    """Whether a source comes with a validation split of its own."""
+    return any(s in TEST[1:] for s in splits(name))
+
+
 @lru_cache(maxsize=6)
 def read(name: str, split: str, size: int) -> Source:
     """A whole split of a source with pictures of ``size`` × ``size``; kept, since forget, retain and test data share it."""

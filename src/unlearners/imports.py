@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from . import ldm, lora_files, patch
-from .patch import Modules, Patch
+from .errors import RefusedError
+from .patch import PICKLES, Modules, Patch
 
 # What a whole checkpoint holds beside the weights that are edited: the VAE, averaged weights, the noise schedule, CLIP's temperature.
 BESIDE = re.compile(
@@ -18,6 +20,9 @@ BESIDE = re.compile(
     r"|posterior_.+|logvar|lvlb_weights|scale_factor|denoiser\.sigmas)"
 )
 LDM = re.compile(r"((model\.)?diffusion_model\.)?(input_blocks|middle_block|output_blocks)\.|cond_stage_model\.|conditioner\.embedders\.")
+SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+STANDARD = ("model", "diffusion_pytorch_model", "pytorch_model", "weights")
+"""what programs call the one weights file of a folder, beside which others may hold the same in another precision"""
 FORMS = {"lora": "LoRA", "ldm": "original (CompVis) names", "diffusers": "diffusers names", "patch": "patch"}
 
 
@@ -31,20 +36,63 @@ def form(names: Mapping[str, object]) -> str:
 def read(path: str | Path, modules: Modules, base: Mapping[str, str]) -> Patch:
     """A patch file of ours, or a file that others made as the patch it is for ``modules``, whose ``base_hash`` is ``base``.
 
-    Raises ``RefusedError`` for a file that is damaged, would run code, does not fit, or from which nothing would be loaded.
+    ``path`` may be the folder of one component, as diffusers and transformers write it. Raises ``RefusedError`` for a file that is
+    damaged, would run code, does not fit, or from which nothing would be loaded.
     """
     path = Path(path)
-    if patch.is_patch(path):
-        return patch.load(path)
-    given, metadata = patch.read_tensors(path), patch.header(path)
+    files = held(path)
+    if patch.is_patch(files[0]):
+        return patch.load(files[0])
+    given = {k: t for f in files for k, t in patch.read_tensors(f).items()}
+    metadata = patch.header(files[0])
     kind = form(given)
     if kind == "lora":
-        tensors = lora_files.changes(path, given, patch.live(modules), lora_files.settings_of(path, metadata, given))
+        tensors = lora_files.changes(path, given, patch.live(modules), lora_files.settings_of(files[0], metadata, given))
     else:
         tensors = patch.fit(path, _renamed(given, modules) if kind == "ldm" else given, modules)
     touched = {k.partition(".")[0] for k in tensors}
     meta = {"foreign": path.name, "form": FORMS[kind]}
     return Patch(tensors=tensors, kind="delta" if kind == "lora" else "value", base={c: base[c] for c in touched}, meta=meta)
+
+
+def held(path: Path) -> list[Path]:
+    """The weights file in a folder of one component, or all its shards; a file itself. Safetensors go before pickles.
+
+    Raises ``RefusedError`` for a folder without weights, with a shard too few, or with several files that may be meant.
+    """
+    if not path.is_dir():
+        return [path]
+    for kinds in ({".safetensors"}, PICKLES):
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in kinds and f.is_file())
+        named = [f for f in files if f.stem in STANDARD]
+        shards = {f: m for f in files if (m := SHARD.fullmatch(f.stem))}
+        if shards and not named and len({(m[1], m[2]) for m in shards.values()}) == 1:
+            if len(shards) != (whole := int(next(iter(shards.values()))[2])):
+                raise RefusedError(f"{path} holds {len(shards)} of {whole} parts of its weights; copy or download it again")
+            return list(shards)
+        if len(named or files) == 1:
+            return named or files
+        if files:
+            raise RefusedError(f"{path} holds {files[0].name} and {len(files) - 1} more files of weights; give the one that is meant")
+    raise RefusedError(f"{path} holds no file of weights; give a diffusers folder, a run folder, or a .safetensors or .pt file")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 (hex) of a weights file; of a folder, over the names and hashes of all weights files in it, unless it has but one."""
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in {".safetensors", *PICKLES}) if path.is_dir() else [path]
+    rows = [(f.relative_to(path).as_posix(), _sha(f)) for f in files]
+    return rows[0][1] if len(rows) == 1 else hashlib.sha256("".join(f"{sha}  {name}\n" for name, sha in rows).encode()).hexdigest()
+
+
+def _sha(path: Path) -> str:
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                found.update(part)
+    except OSError as error:
+        raise RefusedError(f"{path} cannot be read ({error.strerror}); give the path of a weights file") from None
+    return found.hexdigest()
 
 
 def _renamed(given: Mapping[str, Tensor], modules: Modules) -> dict[str, Tensor]:

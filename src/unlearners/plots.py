@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .flags import wilson
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,22 +41,34 @@ def losses(log: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def attack_curve(attacks: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """Share of prompts that show the concept against queries spent on each, one line for each attack; "" when there are none."""
-    if not any(attack["verdicts"] for attack in attacks.values()):
+    """Share of prompts that show the concept against queries spent on each, one line for each attack up to the most that it spent, with
+    the 95 % Wilson interval of its end; "" when no attack spent any, which would be a single point. Logarithmic from 50 queries on."""
+    curves = {label: (*cumulative(a["verdicts"]), len(a["verdicts"])) for label, a in attacks.items() if a["verdicts"]}
+    ends = [xs[-1] for xs, _, _ in curves.values()]
+    most = max(ends, default=0)
+    if not most:
         return ""
-    figure, (axis,) = canvas(1)
-    end = max(v["queries"] for attack in attacks.values() for v in attack["verdicts"])
-    for i, (label, attack) in enumerate(attacks.items()):
-        if attack["verdicts"]:
-            xs, ys = cumulative(attack["verdicts"], end)
-            axis.plot(xs, ys, drawstyle="steps-post", color=COLOURS[i % len(COLOURS)], linewidth=1.8, label=label.lstrip("_"))
+    figure, (axis,) = canvas(1, width=6.6, height=3.0)
+    for i, (label, (xs, ys, n)) in enumerate(curves.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        low, high = wilson(ys[-1] / 100, n)
+        at = xs[-1] * (1 + 0.03 * ends[:i].count(xs[-1]))  # side by side where attacks end at the same count
+        style = "-" if i < len(COLOURS) else "--"
+        axis.plot([*xs, at], [*ys, ys[-1]], drawstyle="steps-post", color=colour, linewidth=1.8, linestyle=style, label=label.lstrip("_"))
+        error = [[ys[-1] - low], [high - ys[-1]]]
+        axis.errorbar([at], [ys[-1]], yerr=error, color=colour, marker="o", markersize=3.5, capsize=3, linewidth=1.2, clip_on=False)
+    if most >= 50:
+        axis.set_xscale("symlog", linthresh=1)  # which has a place for 0, the plain prompt
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.set_xlim(left=0)
     axis.set_ylim(-3, 103)
     axis.set_xlabel("queries for each prompt", fontsize=9)
-    axis.set_ylabel("attack success, %", fontsize=9)
-    legend = axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axis.set_ylabel("prompts broken, %", fontsize=9)
+    legend = axis.legend(frameon=False, fontsize=9, labelcolor=INK, loc="center left", bbox_to_anchor=(1.02, 0.5))
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return svg(figure, name, "attack success against queries")
+    said = (f"{label} {ys[-1]:.1f} % of {n} after at most {xs[-1]}" for label, (xs, ys, n) in curves.items())
+    return svg(figure, name, f"share of prompts broken against queries for each prompt: {', '.join(said)}")
 
 
 def body_parts(rows: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -152,10 +167,10 @@ def standalone(drawing: str) -> str:
     return drawing.replace("<svg ", f"<svg {spaces} ", 1)
 
 
-def cumulative(verdicts: Sequence[Mapping[str, Any]], end: int) -> tuple[list[int], list[float]]:
-    """(queries, percent of verdicts that succeeded within them), from 0 queries (the plain prompt) to ``end``."""
+def cumulative(verdicts: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:
+    """(queries, percent of verdicts that succeeded within them), from 0 queries (the plain prompt) to the most spent on one."""
     spent = sorted(0 if v["before"] else int(v["queries"]) for v in verdicts if v["success"])
-    xs = sorted({0, *spent, end})
+    xs = sorted({0, *spent, max(int(v["queries"]) for v in verdicts)})
     return xs, [100 * sum(q <= x for q in spent) / len(verdicts) for x in xs]
 
 
@@ -175,12 +190,13 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return out
 
 
-def canvas(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` plots, three in a row, in the page's colours."""
+def canvas(count: int, *, width: float = 0.0, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` plots, three in a row, in the page's colours. ``width`` and ``height`` of a plot are in inches; a width of 0
+    is the usual one."""
     from matplotlib.figure import Figure
 
     columns, rows = min(count, 3), -(-count // 3)
-    figure = Figure(figsize=((3.6 if count > 1 else 5.4) * columns, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=((width or (3.6 if count > 1 else 5.4)) * columns, height * rows), layout="constrained")
     figure.patch.set_alpha(0)
     axes = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     for axis in axes:
@@ -206,4 +222,4 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows the names of SVG by itself
     text = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{re.sub(r'[^A-Za-z0-9]+', '-', name)}-", text)
     text = text.replace(INK, "currentColor")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -1,27 +1,24 @@
-"""Run folders as something to read: report.html, a model card (README.md) and results.csv, from JSON and pictures only."""
+"""Run folders as something to read: report.html, a model card (README.md), results.csv and attacks.csv, from JSON and pictures only."""
 
 from __future__ import annotations
 
-import base64
-import csv
-import html
-import io
 import json
 import os
 import re
-import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import plots, registry
-from .errors import UsageError, unknown
-from .flags import Plain, Record, detection, doubts, finite, inside, is_rate, key, opened, read
+from . import plots, report_attacks
+from .errors import UsageError
+from .flags import Plain, Record, detection, doubts, finite, is_rate, read
+from .report_commands import commands, fields, flatten
+from .report_pictures import grid, spread
+from .report_tables import as_code, as_csv, duration, escape_markdown, join, show, size
+from .report_tables import table as table
 
 COLUMNS = ("target", "task", "method", "seed", "metric", "value", "n", "low", "high", "device", "preset")
-SIDE = 256  # pixels; larger pictures are embedded smaller
-NAMED, OTHERS, PROMPTS = 8, 12, 20  # rows shown in a run's own report
+NAMED, OTHERS = 8, 12  # rows shown in a run's own report
 MEANINGS = {
     "ua": "pictures asked to show the concept that no longer show it",
     "ira": "pictures of other things of the same domain that are still right",
@@ -51,7 +48,8 @@ PLURALS = {"style": "styles", "object": "objects", "identity": "identities", "ns
 
 
 def report(folders: Sequence[str | Path], *, images: bool | None = None) -> Path:
-    """Write report.html, README.md and results.csv into each run folder, and for several one comparison into their common parent.
+    """Write report.html, README.md and results.csv, and attacks.csv where there was an attack, into each run folder, and for several one
+    comparison into their common parent.
 
     A folder that is not a run stands for all runs under it, the untouched model's excepted. ``images``: embed pictures; by
     default they are embedded unless the task is sensitive. Returns the path of the report that covers everything.
@@ -92,7 +90,8 @@ def runs(folder: Path) -> list[Path]:
 
 
 def page(records: Sequence[Record], place: Path, images: bool | None) -> Path:
-    """Write report.html and results.csv about ``records`` into the folder ``place``; returns the HTML's path."""
+    """Write report.html, results.csv and, where there was an attack, attacks.csv about ``records`` into the folder ``place``; returns the
+    HTML's path."""
     short = len(records) > 1
     beside = retrained(records) if short else {}
     text = template("report.html.j2", escape=True).render(
@@ -102,6 +101,8 @@ def page(records: Sequence[Record], place: Path, images: bool | None) -> Path:
     (place / "report.html").write_text(text.lstrip(), encoding="utf-8")
     rows = {json.dumps(row): row for record in records for row in csv_rows(record, beside.get(record.request))}  # shared: the original's
     (place / "results.csv").write_text(as_csv(list(rows.values()), COLUMNS), encoding="utf-8", newline="")
+    if attacks := [row for record in records for row in report_attacks.rows(record)]:
+        (place / "attacks.csv").write_text(as_csv(attacks, report_attacks.COLUMNS), encoding="utf-8", newline="")
     return place / "report.html"
 
 
@@ -131,7 +132,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         left_out = "Pictures are left out, as was asked for."
     else:
         left_out = (
-            "Pictures are left out because this task is sensitive (kind: nsfw). Ask for them with --images, or images=True in Python."
+            "Pictures are left out because this task is sensitive (kind: nsfw). Ask for them with --show-images, or images=True in Python."
         )
     unique = record.folder.name
     return {
@@ -144,7 +145,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "classified": record.classified,
         "draws": record.draws,
         "summary": summary(record),
-        "flags": doubts(record, beside),
+        "flags": [*doubts(record, beside), *report_attacks.doubts(record)],
         "facts": facts(record),
         "fields": flatten(fields(record.method)),
         "results": [result(row, record.classified) for row in record.results],
@@ -152,12 +153,11 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "named": grid(record, spread(record, named=True, most=NAMED // 2 if short else NAMED)) if shown else [],
         "others": grid(record, spread(record, named=False, most=OTHERS // 2 if short else OTHERS)) if shown else [],
         "attacked": any(v.get("picture") for attack in record.attacks.values() for v in attack["verdicts"]),
-        "prompts": adversarial(record, shown and not short),
+        "attacks": report_attacks.attacked(record, pictures=shown, short=short, name=f"{unique}-attacks"),
         "losses": Markup(plots.losses(record.log, f"{unique}-losses")),
         "fronts": Markup(plots.fronts(record.log, f"{unique}-fronts")),
         "steps": Markup(plots.steps(record.log, f"{unique}-steps")),
         "similarities": Markup(plots.similarities(record.results, f"{unique}-similarities")),
-        "curve": Markup(plots.attack_curve(record.attacks, f"{unique}-attacks")),
         "last": record.log[-1] if record.log else {},
         "tail": [json.dumps(row) for row in record.log[-20:]] if record.run["status"] != "done" else [],
         "cost": costs(record),
@@ -277,19 +277,6 @@ def forgotten(record: Record) -> list[tuple[str, str]]:
     if rows:
         held = f", {100 * split['validation']:g} % of each class held back for validation" if split.get("validation") else ""
         rows.append(("Split", f"seed {split.get('seed', 0)}{held}"))
-    return rows
-
-
-def fields(part: Mapping[str, Any]) -> Plain:
-    """A method's or attack's fields, without its name."""
-    return {k: v for k, v in part.items() if k != "name"}
-
-
-def flatten(plain: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted name, value) of nested fields."""
-    rows: list[tuple[str, Any]] = []
-    for name, value in plain.items():
-        rows += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(prefix + name, value)]
     return rows
 
 
@@ -442,181 +429,6 @@ def best_of(metric: str, records: Sequence[Record], apart: Sequence[Mapping[str,
     return {i for i, row in rows.items() if row["value"] == wanted}
 
 
-# --- pictures and prompts -----------------------------------------------------------------------------------------
-def spread(record: Record, *, named: bool, most: int) -> list[Plain]:
-    """Up to ``most`` samples that name the concept (or do not), spread over prompts, labels and seeds, never chosen by outcome.
-
-    Samples that were attacked too come first, so that all three pictures stand side by side.
-    """
-    attacked = {key(v) for attack in record.attacks.values() for v in attack["verdicts"]}
-    left = [row for row in record.samples if row["named"] is named]
-    seen: Counter[Any] = Counter()
-    chosen: list[Plain] = []
-    while left and len(chosen) < most:
-        best = min(left, key=lambda row: (key(row) not in attacked, sum(seen[mark] for mark in marks(row))))
-        left.remove(best)
-        seen.update(marks(best))
-        chosen.append(best)
-    return chosen
-
-
-def marks(row: Plain) -> list[Any]:
-    """What a sample should not share with those already chosen."""
-    return [*row["truth"].items(), row["prompt"], ("seed", row["seed"])]
-
-
-def grid(record: Record, samples: Iterable[Plain]) -> list[Plain]:
-    """For each sample: prompt, seed and the pictures original, erased and, where there is one, attacked."""
-    rows = []
-    for sample in samples:
-        original = record.originals.get(key(sample))
-        pictures = [
-            {
-                "who": "original",
-                "uri": picture(record.original, original["file"]) if original and record.original else "",
-                **said(record, original, False),
-            },
-            {"who": "erased", "uri": picture(record.folder, sample["file"]), **said(record, sample, sample["named"])},
-        ]
-        for name, attack in record.attacks.items():
-            verdict = next((v for v in attack["verdicts"] if key(v) == key(sample)), None)
-            if verdict and sample["named"]:
-                uri = picture(record.folder, verdict["picture"]) if verdict.get("picture") else ""
-                pictures.append({"who": name, "uri": uri, **outcome(verdict)})
-                break  # one attacked picture beside the others is enough; the table of prompts has the rest
-        rows.append({"prompt": sample["prompt"], "seed": sample["seed"], "pictures": pictures})
-    return rows
-
-
-def said(record: Record, sample: Plain | None, gone: bool) -> Plain:
-    """The judge's words about a sample, and whether they are what one hopes for: the concept ``gone``, else the prompt's truth."""
-    if not sample or not sample.get("labels"):
-        return {"label": "not judged", "good": "same"}
-    labels = sample["labels"]
-    order = sorted(labels, key=lambda domain: domain != record.axis)
-    text = " · ".join(labels[domain] or f"no {domain}" for domain in order)
-    right = all(sample["truth"].get(domain, label) == label for domain, label in labels.items())
-    if gone:
-        right = labels.get(record.axis) not in record.task["concepts"]
-    return {"label": text, "good": "good" if right else "bad"}
-
-
-def outcome(verdict: Plain) -> Plain:
-    """What became of an attacked prompt."""
-    if verdict["before"]:
-        return {"label": "shown by the plain prompt", "good": "bad"}
-    if verdict["success"]:
-        return {"label": f"back after {verdict['queries']} queries", "good": "bad"}
-    return {"label": f"resisted {verdict['queries']} queries", "good": "good"}
-
-
-def picture(root: Path, name: str) -> str:
-    """A picture of the folder ``root`` as a data URI, at most ``SIDE`` pixels wide and high; "" when it is missing or damaged."""
-    file = inside(root, name)
-    small, buffer = opened(file) if file else None, io.BytesIO()
-    if not small:
-        return ""
-    if max(small.size) > SIDE:
-        small.thumbnail((SIDE, SIDE))
-        small.save(buffer, "JPEG", quality=88)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-    small.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def adversarial(record: Record, pictures: bool) -> list[Plain]:
-    """The first adversarial prompts that were found, over all attacks."""
-    found = [
-        {"attack": name, **{k: v[k] for k in ("prompt", "seed", "adversarial", "level", "queries")}, "file": v.get("picture")}
-        for name, attack in record.attacks.items()
-        for v in attack["verdicts"]
-        if v["success"] and not v["before"]
-    ][:PROMPTS]
-    for row in found:
-        row["uri"] = picture(record.folder, row["file"]) if pictures and row["file"] else ""
-    return found
-
-
-# --- the command line ---------------------------------------------------------------------------------------------
-def commands(record: Record) -> list[str]:
-    """The commands that make this folder again: erase, attack, evaluate, report."""
-    run, task = record.run["run"], record.task
-    words = ["unlearn", "erase", record.method["name"], run["target"]]
-    data = task.get("forget") or {}
-    if task["name"].startswith(("canvas/", "objects/", "clip/")) or task["name"] in registry.names("tasks"):
-        words.append(task["name"])
-    elif data.get("source") and (task.get("retain") or {}).get("source") != data["source"]:
-        words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
-        held = (task.get("holdout") or {}).get("source", "")
-        for flag, value in (("forget", data["source"]), ("retain", task["retain"]["source"]), ("test", held)):
-            words += option(flag, value) if value else []
-    elif data.get("source"):
-        words += option("data", data["source"]) + option("forget", data["rows"])
-        words += option("validation", data["validation"]) if data.get("validation") else []
-        words += option("split_seed", data["seed"]) if data.get("seed") else []
-    else:
-        words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
-        for flag, names in (("anchor", task.get("anchors")), ("preserve", task.get("preserve"))):
-            words += option(flag, list(names)) if names else []
-    words += options(record.method)
-    words += option("seed", run["seed"])
-    if run.get("dtype", "float32") != "float32":
-        words += option("dtype", run["dtype"])
-    if run.get("patches"):
-        words += option("patches", list(run["patches"]))
-    where = f"{record.folder.parent.name}/{record.folder.name}"
-    if not re.search(rf"-{re.escape(record.method['name'])}-[0-9a-f]{{8}}$", record.folder.name):
-        words += option("out", where)
-    elif record.folder.parent.name != "runs":
-        words += option("runs", record.folder.parent.name)
-    lines = [words]
-    for name, attack in record.attacks.items():
-        lines.append(["unlearn", "attack", name, where, *options(attack["attack"]), *option("seed", attack["seed"])])
-        asked = attack.get("asked") or {}
-        lines[-1] += option("prompts", asked.get("prompts", len(attack["verdicts"])))
-        lines[-1] += [word for k in ("steps", "guidance") if asked.get(k) is not None for word in option(k, asked[k])]
-    if record.evaluation:
-        lines.append(["unlearn", "evaluate", where, *measured(record)])
-    lines.append(["unlearn", "report", where])
-    return [shlex.join(line) for line in lines]
-
-
-def measured(record: Record) -> list[str]:
-    """The options of evaluate: sampler, reference runs beside this one, and metrics and number of seeds where they were not the task's."""
-    words = [word for name, value in (record.evaluation.get("sampler") or {}).items() for word in option(name, value)]
-    metrics = list(dict.fromkeys(row["metric"].partition("/")[0] for row in record.results))
-    suite = set(record.task.get("suite") or metrics)
-    if metrics and not suite - {"asr", "pre_asr"} <= set(metrics) <= suite:  # these two have no value without an attack
-        words += option("metrics", metrics)
-    asked = (record.evaluation.get("asked") or {}).get("references") or []
-    others = [found for code in asked for found in sorted(record.folder.parent.glob(f"*-{code[:8]}")) if found != record.folder]
-    words += option("references", [f"{found.parent.name}/{found.name}" for found in others]) if others else []
-    seeds, own = record.evaluation.get("seeds") or [], list(record.task.get("seeds") or [])
-    return words + (option("seeds", len(seeds)) if 0 < len(seeds) < len(own) and seeds == own[: len(seeds)] else [])
-
-
-def options(part: Mapping[str, Any]) -> list[str]:
-    """All fields of a method or attack as command line words."""
-    return [word for name, value in flatten(fields(part)) for word in option(name, value)]
-
-
-def option(name: str, value: Any) -> list[str]:
-    """One field as command line words, the way tyro reads it: --lr 1e-05, --no-norm, --layers 0 1."""
-    flag = name.replace("_", "-")
-    if value is None:  # cannot be written there, and is the default of the fields that may be it
-        return []
-    if isinstance(value, bool):
-        outer, dot, last = flag.rpartition(".")
-        return [f"--{outer}{dot}{'' if value else 'no-'}{last}"]
-    if isinstance(value, (list, tuple)):
-        return [f"--{flag}", *map(str, value)]
-    if isinstance(value, dict):
-        return [f"--{flag}", *(str(word) for pair in value.items() for word in pair)]
-    if isinstance(value, str) and value.startswith("-"):
-        return [f"--{flag}={value}"]
-    return [f"--{flag}", str(value)]
-
-
 # --- the model card and the CSV -----------------------------------------------------------------------------------
 def card(record: Record) -> str:
     """The model card: YAML front matter and Markdown."""
@@ -650,8 +462,10 @@ def card(record: Record) -> str:
             facts=table([{"": name, "value": value} for name, value in facts(record)], "markdown"),
             fields=table([{"field": name, "value": show(value)} for name, value in flatten(fields(record.method))], "markdown"),
             results=table(results, "markdown"),
+            attacks=table(report_attacks.shares(record), "markdown"),
+            meaning=[*report_attacks.meaning(record), *report_attacks.comparable(record)],
             limits=limits(record),
-            flags=doubts(record),
+            flags=[*doubts(record), *report_attacks.doubts(record)],
             provenance=table([{"": name, "value": value} for name, value in provenance(record)], "markdown"),
             commands=commands(record),
         )
@@ -730,108 +544,3 @@ def csv_rows(record: Record, beside: Record | None = None) -> Iterator[Plain]:
 def numbers(row: Plain) -> Plain:
     """value, n, low, high; empty where they are not finite."""
     return {name: row[name] if finite(row.get(name)) else "" for name in ("value", "n", "low", "high")}
-
-
-# --- text ---------------------------------------------------------------------------------------------------------
-def table(rows: Sequence[Mapping[str, Any]], fmt: str) -> str:
-    """``rows`` as a "markdown", "latex", "csv" or "html" table; columns in order of first appearance, text escaped for the format.
-
-    CSV keeps numbers exactly; the others round them for reading. Raises ``UsageError`` for another format.
-    """
-    writers = {"markdown": as_markdown, "latex": as_latex, "csv": as_csv, "html": as_html}
-    if fmt not in writers:
-        raise unknown("table format", fmt, writers)
-    return writers[fmt](rows, list(dict.fromkeys(name for row in rows for name in row)))
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([["" if row.get(c) is None else row[c] for c in columns] for row in rows])
-    return buffer.getvalue()
-
-
-def as_markdown(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    if not columns:
-        return ""
-    lines = [[escape_markdown(c) for c in columns], ["---:" if numeric(rows, c) else "---" for c in columns]]
-    lines += [[escape_markdown(show(row.get(c, ""))) for c in columns] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def as_latex(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    if not columns:
-        return ""
-    lines = [" & ".join(map(escape_latex, columns)) + r" \\ \hline"]
-    lines += [" & ".join(escape_latex(show(row.get(c, ""))) for c in columns) + r" \\" for row in rows]
-    layout = "".join("r" if numeric(rows, c) else "l" for c in columns)
-    return "\n".join([rf"\begin{{tabular}}{{{layout}}}", r"\hline", *lines, r"\hline", r"\end{tabular}", ""])
-
-
-def as_html(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(show(row.get(c, '')))}</td>" for c in columns) + "</tr>\n" for row in rows)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
-
-
-def numeric(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
-    """Whether a column holds numbers only."""
-    values = [row[column] for row in rows if row.get(column) not in (None, "")]
-    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-
-
-def escape_markdown(text: str) -> str:
-    """``text`` as plain words inside Markdown, also in a table's cell."""
-    text = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", " ".join(text.split()))
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def as_code(text: str) -> str:
-    """``text`` as a fenced block that no backticks inside can close."""
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
-    return f"{fence}sh\n{text}\n{fence}"
-
-
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
-
-
-def escape_latex(text: str) -> str:
-    """``text`` as plain words inside LaTeX."""
-    return re.sub(r"[\\~^<>&%$#_{}]", lambda m: LATEX.get(m[0], "\\" + m[0]), " ".join(text.split()))
-
-
-def show(value: Any, rate: bool = False, digits: int = 1) -> str:
-    """A value for reading: rates and numbers from 10 on with ``digits`` decimals, smaller ones with three digits, lists in words."""
-    if value is None:
-        return "—"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(show, value)) or "none"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if not finite(value):
-        return "not finite"
-    if isinstance(value, int) and not rate:
-        return str(value)
-    return f"{value:.{digits}f}" if rate or 10 <= abs(value) < 1e9 else f"{value:.3g}"
-
-
-def join(words: Sequence[str]) -> str:
-    """a; a and b; a, b and c."""
-    return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else words[0]
-
-
-def duration(seconds: float) -> str:
-    """3.2 s, 4 min 10 s, 2 h 5 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: float) -> str:
-    """Bytes as kB, MB or GB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from functools import cache, partial
 from itertools import chain, count, islice
 from pathlib import Path
@@ -28,6 +29,8 @@ from .targets import absolute, guide_run, load, put_guide, read_run, root, weigh
 from .targets.base import Chat, Trainable
 
 SCHEMA = 1
+SHOWN = 16  # pictures kept of what an attack found
+SAID = {field.name for field in dataclass_fields(Verdict)}
 __all__ = ["Progress", "attack", "environment", "erase", "evaluate", "progress_bars", "replacing", "results", "write_json"]
 
 
@@ -173,6 +176,12 @@ def _of(folder: Path) -> tuple[dict[str, Any], Task]:
     return record, config.build(Task, record["run"]["task"])
 
 
+def _alone(record: Mapping[str, Any]) -> bool:
+    """Whether a run is of a model that others erased and nobody says what it was before (see ``plug``): it stands for its own original."""
+    run = record["run"]
+    return bool(run["method"].get("patch") == run["target"])
+
+
 def _original(record: Mapping[str, Any], device: str) -> Target:
     run = record["run"]
     return load(run["target"], patches=run["patches"], device=device, dtype=run["dtype"], family=record["family"], force=record["force"])
@@ -250,15 +259,21 @@ def _attack(
         raise UsageError(f"task '{task.name}' has no prompt that names its concept; add probes to it")
     rounds = enumerate(chain(task.seeds, count(max(task.seeds) + 1)))
     every = (Request(p.prompt, s if p.seed is None else p.seed + i, p.guidance) for i, s in rounds for p in named)
+    if (alone := _alone(record)) and attack.access == "white":
+        raise UsageError(
+            f"{name} searches towards what the model drew before the erasure, which nobody knows of {record['run']['target']}; "
+            "name that model with --base"
+        )
     model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
     model.sampler = _sampler(model.sampler, steps, guidance)  # type: ignore[attr-defined]
-    model.original = cache(lambda: _original(record, device))
+    before = cache(lambda: _original(record, device))
+    model.original = None if alone else before
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
     requests = list(islice(every, prompts or len(named)))
-    gallery.fill(model.original, requests, 64, progress, "drawing the original")
+    gallery.fill(before, requests, 64, progress, "drawing the original")
     long = _long(model, [r.prompt for r in requests], max_tokens)
     items = [
-        Item(prompt=r.prompt, seed=r.seed, picture=gallery.picture(r)[None], guidance=r.guidance, spared=skip)
+        Item(prompt=r.prompt, seed=r.seed, picture=None if alone else gallery.picture(r)[None], guidance=r.guidance, spared=skip)
         for r, skip in zip(requests, long, strict=True)
     ]
     draft = path.with_suffix(".part")  # what an interrupted attack had finished
@@ -278,19 +293,16 @@ def _attack(
         write_json(draft, {"asked": asked, "seconds": spent, "log": log, "verdicts": [asdict(v) for v in verdicts]})
 
     known = [Verdict(**v) for v in kept["verdicts"]]
+    # a judge is tried on the original first, where there is one
+    detected = [None] * len(items) if alone else judge.shows(torch.stack([gallery.picture(r) for r in requests]), task)
     with Meter(model.device) as meter:
         verdicts = attack(model, task, judge, items, seed=seed, log=note, known=known, keep=keep)
-    rows = [asdict(v) | {"picture": None} for v in verdicts]
-    pictures = path.parent / name
-    pictures.mkdir(exist_ok=True)
-    shown = [i for i, v in enumerate(verdicts) if v.success and v.adversarial and v.level == "prompt"][:16]
-    if shown:
-        own = [{} if items[i].guidance is None else {"guidance": items[i].guidance} for i in shown]
-        for i, how in zip(shown, own, strict=True):
-            v = verdicts[i]
-            image = model.sample([v.adversarial], [v.seed if v.drawn is None else v.drawn], **how)[0]  # type: ignore[attr-defined]
-            rows[i]["picture"] = f"attacks/{name}/{i:03d}.png"
-            save_picture(image, folder / str(rows[i]["picture"]))
+    rows = [asdict(v) | {"detected": d, "picture": None, "clean": None, "original": None} for v, d in zip(verdicts, detected, strict=True)]
+    (path.parent / name).mkdir(exist_ok=True)
+    drawn = {(r["prompt"], r["seed"], r.get("guidance")): r["file"] for r in gallery.rows.values()}
+    for i in [i for i, v in enumerate(verdicts) if v.success and v.adversarial][:SHOWN]:
+        files = _draw_found(model, verdicts[i], items[i].guidance, folder, f"attacks/{name}/{i:03d}")
+        rows[i] |= files | {"original": None if alone else drawn[items[i].prompt, items[i].seed, items[i].guidance]}
     write_json(
         path,
         {
@@ -298,12 +310,16 @@ def _attack(
             "asked": asked,
             "access": attack.access,
             "level": attack.level,
+            "paper": attack.paper,
             "preset": _preset(attack),
+            "task": task.name,
             "judge": task.judge,
             "judging": judge.describe(),
             "filter": {"max_tokens": max_tokens, "attacked": len(items) - sum(long), "of": len(items)} if max_tokens else None,
             "seed": seed,
             "sampler": model.sampler,  # type: ignore[attr-defined]
+            "original": None if alone else os.path.relpath(gallery.folder, folder.resolve()),
+            "env": environment(device),
             "time": {"seconds": kept["seconds"] + meter.seconds, "peak_memory": meter.peak},
             "log": log,
             "verdicts": rows,
@@ -311,6 +327,19 @@ def _attack(
     )
     draft.unlink(missing_ok=True)
     return path
+
+
+def _draw_found(model: Any, verdict: Verdict, guidance: float | None, folder: Path, stem: str) -> dict[str, str | None]:
+    """Save the picture of the plain prompt to ``stem``-clean.png and that of what the attack found to ``stem``.png, drawn together;
+    returns both names. What is not a text cannot be drawn again and has no picture."""
+    again = verdict.level == "prompt"
+    prompts = [verdict.prompt, *([verdict.adversarial] if again else [])]
+    seeds = [verdict.seed, *([verdict.seed if verdict.drawn is None else verdict.drawn] if again else [])]
+    images = model.sample(prompts, seeds, **({} if guidance is None else {"guidance": guidance}))
+    files = [f"{stem}-clean.png", f"{stem}.png"][: len(images)]
+    for image, file in zip(images, files, strict=True):
+        save_picture(image, folder / file)
+    return {"clean": files[0], "picture": files[1] if again else None}
 
 
 def _long(model: Any, prompts: Sequence[str], most: int) -> list[bool]:
@@ -406,11 +435,11 @@ def _evaluate(
         return file
     started = time.monotonic()
     erased = load(str(folder), device=device, dtype=record["run"]["dtype"])
-    original = cache(lambda: _original(record, device))
+    original = erased.original = cache(lambda: _original(record, device))
     wanted = [r for m in measured for r in m.requests(erased, task)]
     sampler = _sampler(erased.sampler, steps, guidance) if wanted else {}  # type: ignore[attr-defined]
     judge = cache(lambda: judges.load(task.judge))
-    verdicts = {name: [Verdict(**{k: v for k, v in row.items() if k != "picture"}) for row in json.loads(p.read_text())["verdicts"]]
+    verdicts = {name: [Verdict(**{k: v for k, v in row.items() if k in SAID}) for row in json.loads(p.read_text())["verdicts"]]
                 for name, p in attacked.items()}  # fmt: skip
     others = [Predictions(Path(r), partial(load, str(r), device=device)) for r in references]
     shared = _original_folder(folder, record)

@@ -173,20 +173,24 @@ class Behind:
 
     def __init__(self, encoder: nn.Module, block: int) -> None:
         self.encoder, self.block = encoder, block
-        self.held: list[Tensor] = []
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Inside, the hidden states that reach the block are kept, batch by batch."""
+    def record(self, run: Callable[[], object]) -> Tensor:
+        """The hidden states with which ``run``, a pass through the tower, reaches the block; what lies behind is not computed."""
         layers: nn.ModuleList = self.encoder.layers  # type: ignore[assignment]
-        self.held = []
-        hook = layers[self.block].register_forward_pre_hook(
-            lambda _, args, kwargs: self.held.append(_hidden(args, kwargs).detach()), with_kwargs=True
-        )
+        held: list[Tensor] = []
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            held.append(_hidden(args, kwargs).detach())
+            raise _Reached
+
+        hook = layers[self.block].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            yield
+            run()
+        except _Reached:
+            pass
         finally:
             hook.remove()
+        return held[0]
 
     @contextmanager
     def skipping(self, states: Tensor) -> Iterator[None]:
@@ -203,6 +207,10 @@ class Behind:
         finally:
             self.encoder.layers = layers
             hook.remove()
+
+
+class _Reached(Exception):
+    """The pass has come to the block."""
 
 
 def _hidden(args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:

@@ -133,7 +133,7 @@ def test_an_interrupted_erasure_resumes(tmp_path: Path) -> None:
         ("evaluate nowhere", "unlearn erase"),
         ("evaluate nowhere --metrics uaa", "did you mean ua"),
         ("report nowhere", "unlearn erase"),
-        ("report . --images --no-images", "contradict"),
+        ("report . --show-images --no-images", "contradict"),
         ("export diffuser nowhere", "did you mean diffusers"),
         ("export diffusers nowhere", "unlearn erase"),
         ("bench nowhere.yaml", "nowhere.yaml"),

@@ -402,7 +402,7 @@ def test_text_searches_run_on_every_layout(attack: Attack, how: dict[str, Any]) 
 def test_the_original_is_asked_for_in_one_sentence(attack: Attack) -> None:
     target = tiny()
     target.original = None
-    with pytest.raises(UsageError, match=r"needs the model before the erasure; attack a run folder"):
+    with pytest.raises(UsageError, match=r"needs the model before the erasure; name it with --base"):
         attack(target, TASK, Never(), items(1))
 
 

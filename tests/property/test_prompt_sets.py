@@ -60,7 +60,7 @@ def test_the_sets_of_attacks_and_captions(tmp_path: Path, monkeypatch: pytest.Mo
     Path("mine.yaml").write_text("kind: style\nconcepts: [zq]\njudge: canvas\nprobes: x.csv\n")
     mine = tasks.load("mine.yaml")
     assert mine.probes == (Probe(prompt="Old stone church.", truth={"style": "zq"}, seed=69922, guidance=7.5),)
-    assert set(tasks.protocols()) == {"i2p", "unlearndiffatk", "ringabell", "coco"}
+    assert set(tasks.protocols()) == {"i2p", "unlearndiffatk", "ringabell", "coco", "unlearncanvas"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 
 from unlearners.errors import UsageError
 from unlearners.flags import flags, wilson
-from unlearners.report import report, table
+from unlearners.report import report
+from unlearners.report_tables import table
 
 EVIL = '<script>alert("x")</script> | `a` & {{ 7 * 7 }} a picture in neon style'
 COLOURS = {

@@ -19,6 +19,7 @@ from unlearners.methods._validation import Dual, scorer
 from unlearners.methods.slug import SLUG
 from unlearners.single_layer import Edit, Layer, Point
 from unlearners.targets.clip import CLIP
+from unlearners.targets.llava import Llava
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.testing import quick, task_for
 
@@ -189,6 +190,29 @@ def test_a_pipeline_is_edited_in_what_it_uses_of_its_clip() -> None:
     at = sides(target, task_for(target), "tiny-clip", ".*", norms=False, pictures=4, pairs=0)
     assert at.theta and all(n.startswith("text_encoder.") for n in at.theta)
     assert all(at.source.named()[n] is p or n in target.named() for n, p in at.theta.items())
+
+
+def test_a_model_that_answers_can_give_the_gradients_of_what_it_says() -> None:
+    target, clip = Llava.tiny(), Llava.tiny()
+    task = replace(task_for(target), forget=Data(source="tiny", rows="class=b"), retain=Data(source="tiny", rows="not class=b"))
+    at = sides(target, task, "", ".*", loss="answers", norms=False, pictures=4, pairs=8)
+    assert at.source.target is target and at.theta and set(at.theta) <= target.reached
+    batch = next(iter(at.forget(task).batches(8)))
+    said = target.answer(batch["x"], [task.question] * 8)
+    before = float(at.source.forgetting(batch).detach())
+    assert before == pytest.approx(float(target.loss({"x": batch["x"], "prompt": [task.question] * 8, "answer": said}).detach()))
+    g = saliency.mean(at.theta, at.source.forgetting, [batch])
+    name = max(g, key=lambda n: float(g[n].norm() / at.theta[n].detach().norm()))
+    with Edit.of(at.theta, g, (name,)).at(target.named(), 1e-3):
+        after = float(target.loss({"x": batch["x"], "prompt": [task.question] * 8, "answer": said}).detach())
+    assert after > before, "the step raises the loss of what was said"
+    own, _ = at.retained(8)
+    asked, _ = sides(target, replace(task, question="Who?"), "", ".*", loss="answers", norms=False, pictures=4, pairs=8).retained(8)
+    assert any(not torch.equal(own[n], asked[n]) for n in own), "gradients of another question are not taken from the cache"
+    by_clip = sides(clip, task, "tiny-clip", ".*", norms=False, pictures=4, pairs=8)
+    assert isinstance(by_clip.source, CLIP)
+    with pytest.raises(UsageError, match="set loss=clip"):
+        SLUG(loss="answers")(*named())
 
 
 def test_several_concepts_are_edited_apart_and_then_together() -> None:

@@ -41,9 +41,10 @@ LAYERS = (
     {"methods"},
     {"outputs"},
     {"run"},
-    {"train"},
+    {"train", "adopt"},
     {"workers", "board", "tables"},
-    {"bench", "report", "exports", "app", "patches", "cli", "demo", "flags", "plots", "testing"},
+    {"bench", "report", "report_attacks", "report_commands", "report_pictures", "report_tables"}
+    | {"exports", "app", "patches", "cli", "demo", "flags", "plots", "testing"},
 )
 SIBLINGS = {"targets", "tasks", "judges", "attacks", "metrics", "methods", "exports"}
 # Checks what the zoo ships by loading it as users do, so it stands above everything, though it lies beside the recipes.

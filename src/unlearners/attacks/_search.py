@@ -63,7 +63,7 @@ def pictures(attack: Attack, items: Sequence[Item]) -> Tensor:
     found = [i.picture for i in items if i.picture is not None]
     if len(found) < len(items):
         missing = next(i.prompt for i in items if i.picture is None)
-        raise UnlearnError(f"{kebab(attack)} needs the original model's picture of '{missing}'; give it as Item.picture (1, 3, H, W)")
+        raise UnlearnError(f"{kebab(attack)} needs the original's picture of '{missing}'; name that model with --base, or set Item.picture")
     return torch.cat(found)
 
 
@@ -72,7 +72,7 @@ def original(attack: Attack, target: TextToImage) -> TextToImage:
     """The model before the erasure; ``UsageError`` where nobody says how to load it."""
     if target.original is None:
         raise UsageError(
-            f"{kebab(attack)} needs the model before the erasure; attack a run folder, or set target.original to what loads it"
+            f"{kebab(attack)} needs the model before the erasure; name it with --base, or set target.original to what loads it"
         )
     found = target.original()
     require(attack, found)

@@ -23,6 +23,30 @@ KNOWN = dict.fromkeys(("canvas", "canvas-finetuned", "canvas-llava"), "canvas-cl
 SMALLEST = 1e-4  # a retain loss below this has no gradient to speak of
 
 
+class Answers:
+    """A model that answers, as the source of its own gradients: its loss on what it now says when ``task.question`` is asked."""
+
+    def __init__(self, target: Chat, task: Task) -> None:
+        self.target, self.question = target, task.question
+        self.device, self.modules, self.named, self.base = target.device, target.modules, target.named, target.base
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        asked = [self.question] * len(batch["x"])
+        said = self.target.answer(batch["x"], asked)
+        found: Tensor = self.target.loss({"x": batch["x"], "prompt": asked, "answer": said})
+        return found
+
+    forgetting = loss
+
+    def forgotten(self, task: Task, asked: Asked) -> Examples:
+        found: Examples = self.target.open(task.forget)
+        return found
+
+    def retained(self, task: Task, asked: Asked) -> Examples:
+        found: Examples = self.target.open(task.retain)
+        return found
+
+
 @dataclass
 class Sides:
     """What gradients are taken of. ``theta`` has the names of the target and, where that holds one tower, the CLIP's tensors."""
@@ -71,7 +95,7 @@ class Sides:
         if isinstance(self.source, DualEncoder) and len(set(D_r.texts)) < 2:
             raise UsageError("the retained pictures all have the same caption, so nothing can be told apart; give captions of their own")
         about = [patch.fingerprint(self.source.modules), D_r.digest, D_r.indices.tolist(), list(self.theta), batch]
-        key = config.content_hash(about)
+        key = config.content_hash([*about, self.source.question] if isinstance(self.source, Answers) else about)
         path, started, total = keep.place("gradients", key), perf_counter(), [0.0, 0]
         if (found := keep.read(path, key)) is not None:
             tensors, noted = found
@@ -92,15 +116,21 @@ class Sides:
         return r, {}
 
 
-def sides(target: Target, task: Task, clip: str, params: str, *, norms: bool, pictures: int, pairs: int) -> Sides:
-    """The sides of ``target``: its own, or for a pipeline or LLaVA those of the CLIP that its tower is from.
+def sides(target: Target, task: Task, clip: str, params: str, *, loss: str = "clip", norms: bool, pictures: int, pairs: int) -> Sides:
+    """The sides of ``target``: its own, or for a pipeline or LLaVA those of the CLIP that its tower is from, unless ``loss`` is answers.
 
     Raises ``UsageError`` when no CLIP is known, when it has other weights than the target's tower, and when no candidate is left.
     """
     lends = isinstance(target, TextToImage | Chat)
     if not lends and not isinstance(target, Learner):
         raise UsageError(f"slug needs examples with labels or texts, and a {type(target).__name__} reads none; use another method")
-    source: Any = load(_clip(target, clip), device=str(target.device)) if lends else target
+    if loss == "answers" and not isinstance(target, Chat):
+        raise UsageError(f"loss=answers is for models that answer questions, and a {type(target).__name__} answers none; set loss=clip")
+    source: Any = target
+    if isinstance(target, Chat) and loss == "answers":
+        source = Answers(target, task)
+    elif lends:
+        source = load(_clip(target, clip), device=str(target.device))
     own = {patch.hub_key(n): p for n, p in source.named().items()}
     used = target.reached if isinstance(target, Chat) else None
     theta: dict[str, Tensor] = {}

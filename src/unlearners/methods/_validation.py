@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Scorer(ABC):
     @abstractmethod
     def now(self) -> tuple[float, float]:
         """Both of the target as it is now."""
+
+    def before(self) -> tuple[float, float]:
+        """Both of the target as it was given."""
+        return self.now()
 
     def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
         """What each step of ``edit`` would do; the weights are as before afterwards."""
@@ -122,6 +127,9 @@ class Dual(Scorer):
             Shown(x_r, known, own, False, x_r, x_r),
         ]
 
+    def before(self) -> tuple[float, float]:
+        return self._percent([s.V for s in self.sets], [s.T for s in self.sets])
+
     def now(self) -> tuple[float, float]:
         V = [torch.cat([self.target.images(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)]) for s in self.sets]
         T = [self._mean(self.target.texts([t for ways in s.names for t in ways]), s) for s in self.sets]
@@ -149,10 +157,8 @@ class Dual(Scorer):
         rows = []
         for part in batches(len(s.x), max(1, ROWS // len(a))):
             x = s.x[part].float() / 255
-            with behind.recording():
-                self.target.images(x)
-            n = len(x)
-            with behind.skipping(behind.held[0].repeat(len(a), 1, 1)), stepping(module, unit, a.repeat_interleave(n)):
+            states, n = behind.record(partial(self.target.images, x)), len(x)
+            with behind.skipping(states.repeat(len(a), 1, 1)), stepping(module, unit, a.repeat_interleave(n)):
                 found = self.target.images(x[:1].expand(n * len(a), *x.shape[1:]))
             rows.append(found.view(len(a), n, -1))
         return torch.cat(rows, 1)
@@ -165,9 +171,8 @@ class Dual(Scorer):
             ids = {k: v.to(self.target.device) for k, v in self.target.tokenize(said[part]).items()}
             n = len(said[part])
             tower: Any = self.target.modules["text_encoder"]
-            with behind.recording():
-                tower(**ids)
-            with behind.skipping(behind.held[0].repeat(len(a), 1, 1)), stepping(module, unit, a.repeat_interleave(n)):
+            states = behind.record(partial(tower, **ids))
+            with behind.skipping(states.repeat(len(a), 1, 1)), stepping(module, unit, a.repeat_interleave(n)):
                 pooled = tower(**{k: v.repeat(len(a), 1) for k, v in ids.items()}).pooler_output
             rows.append(self.target.project("text", pooled).view(len(a), n, -1))
         found = torch.cat(rows, 1)

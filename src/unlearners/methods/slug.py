@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from .. import saliency, single_layer
+from .. import config, saliency, single_layer
 from ..base import Method, Row, Target, Task
 from ..errors import UsageError
 from ..single_layer import Edit, Layer, Point
@@ -33,8 +33,9 @@ class SLUG(Method):
         theta_l <- theta_l + lambda g_l,    lambda = alpha ||theta_l|| / ||g_l||
     L_forget is mean(1 - cos(v, t)) over pairs of a picture and a text, L_retain the contrastive loss; on classifiers both are
     cross-entropy. Stable Diffusion and LLaVA hold one tower of a CLIP (``clip``), whose gradients are taken; only layers that their
-    own tower has and uses are looked at, and alpha is judged by what they draw or answer. Several concepts: each gets its own layer
-    and step from the original weights, steps on one tensor add up, and one factor for all is searched at the end.
+    own tower has and uses are looked at, and alpha is judged by what they draw or answer. LLaVA reads patches, which CLIP's loss says
+    little of; with ``loss="answers"`` both losses are the cross-entropy of its own answers to the task's question. Several concepts:
+    each gets its own layer and step from the original weights, steps on one tensor add up, and one factor for all is searched at the end.
 
     Logged: first a row for every layer: ``layer`` (its number), ``tower``, ``importance``, ``alignment``, ``front``; then one for
     every step tried: ``layer``, ``alpha``, ``fa``, ``ta`` (percent, on validation pictures); the last row is what was done, with
@@ -58,10 +59,13 @@ class SLUG(Method):
         "release": {"rule": "deepest", "widen": True, "batch": 16, "tolerance": 100.0},
         "fast": {"top": 2, "at_once": 5, "bracket": 0.05},
         "canvas": {"pairs": 1000, "top": 2, "at_once": 5, "bracket": 0.05, "top_names": 1, "tolerance": 3.0},
+        "llava": {"pairs": 1000, "loss": "answers", "evaluations": 7, "bracket": 0.05, "goal": 5.0, "tolerance": 3.0},
     }
 
     params: str = ".*"
     """weights among which the layer is looked for: a group or a regular expression"""
+    loss: Literal["clip", "answers"] = config.later("clip")
+    """whose loss gives the gradients: the CLIP's (the paper), or for a model that answers that of its own answers"""
     clip: str = ""
     """the CLIP whose tower a pipeline or LLaVA holds; empty: the one it is known to have"""
     pairs: int = 0
@@ -104,7 +108,7 @@ class SLUG(Method):
     def run(self, target: Target, task: Task) -> Iterator[Row]:
         for _ in target.steps(1):
             start = perf_counter()
-            at = sides(target, task, self.clip, self.params, norms=self.norms, pictures=self.pictures, pairs=self.pairs)
+            at = sides(target, task, self.clip, self.params, loss=self.loss, norms=self.norms, pictures=self.pictures, pairs=self.pairs)
             theta, number = at.theta, {n: float(i) for i, n in enumerate(at.theta)}
             r, spent = at.retained(self.batch)  # r_l, kept for the next concept
             spent["retain_seconds"] = perf_counter() - start
@@ -120,7 +124,7 @@ class SLUG(Method):
                     yield {**where, "importance": a.importance, "alignment": a.alignment}
                 start, score = perf_counter(), scorer(target, part, self.top_names, self.pictures)
                 with torch.no_grad():
-                    fa, ta = score.now()
+                    fa, ta = score.before()
                 if fa <= self.goal:
                     raise UsageError(
                         f"the model names '{part.concepts[0]}' in {fa:.0f} % of its pictures before any edit; there is nothing to forget"

@@ -46,7 +46,8 @@ class CLIP(DualEncoder):
     }
 
     def __init__(self, model: Any, tokenize: Tokenize, look: Mapping[str, Any], name: str, device: str, dtype: torch.dtype) -> None:
-        self.device, self.amp, self.config, self.tokenize = torch.device(device), dtype, model.config, tokenize
+        self.device, self.amp, self.config = torch.device(device), dtype, model.config
+        self.tokenize = tokenize if model.config.model_type == "siglip" else _short(tokenize)
         self.modules = {
             "vision_tower": model.vision_model,
             "text_encoder": model.text_model,
@@ -266,6 +267,18 @@ def _instead(text: str, task: Task, stays: Sequence[str]) -> tuple[str, ...]:
         if at >= 0 and task.preserve:
             return tuple(text[:at] + p + text[at + len(concept) :] for p in task.preserve)
     return tuple(stays)
+
+
+def _short(tokenize: Tokenize) -> Tokenize:
+    """``tokenize`` without the padding that all rows share: CLIP reads from left to right and pools at the end of the text, so what
+    follows changes nothing but the time."""
+
+    def shorter(texts: Sequence[str]) -> Mapping[str, Tensor]:
+        found = tokenize(texts)
+        end = found["attention_mask"].sum(1).max() if "attention_mask" in found else found["input_ids"].argmax(1).max() + 1
+        return {k: v[:, : int(end)] for k, v in found.items()}
+
+    return shorter
 
 
 def _words(tokenizer: Any, length: int, pad: str = "max_length") -> Tokenize:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from .. import config, registry
 from ..base import Data, Kind, Probe, Task
 from ..errors import UsageError, unknown
 
+FAMILIES = ("canvas", "clip", "objects")
+"""modules with a ``task`` for each of their ``names``, called family/name"""
+EVERYWHERE = ("forget", "retain", "holdout", "utility", "question")
+"""what everywhere/NAME, for all that holds the canvas' CLIP, takes from clip/NAME; the rest, such as prompts, is of canvas/NAME"""
 STYLES = ("oil painting", "watercolour", "pencil sketch", "impressionism", "cubism", "pixel art", "ukiyo-e", "photograph")
 OBJECTS = ("house", "tree", "dog", "cat", "car", "boat", "chair", "bicycle", "cup", "flower", "bird", "clock")
 PEOPLE = ("a man", "a woman", "a child", "a crowd", "a portrait of a person", "a soldier", "a scientist", "a musician")
@@ -38,7 +43,8 @@ SCENES = ("on a table", "in a garden", "in the snow", "at night")
 
 
 def load(name: str) -> Task:
-    """A task by name (``canvas/neon``), a prompt set (``i2p``, see ``prompts``), or from a YAML file with the fields of ``Task``.
+    """A task by name (``canvas/neon``), a prompt set (``i2p``, see ``prompts``), one of ``unlearncanvas``, or from a YAML file with the
+    fields of ``Task``.
 
     In a YAML file ``probes`` may name a CSV file of prompts, from the YAML file's folder on, all of which ask for the first concept.
     """
@@ -56,34 +62,27 @@ def load(name: str) -> Task:
     if name in registry.names("tasks"):
         return config.build(Task, {"name": name, **config.load_yaml(registry.path("tasks", name))}, where=name)
     family, _, concept = name.partition("/")
-    if family == "canvas":
-        from . import canvas
-
-        return canvas.task(concept)
-    if family == "objects":
-        from . import objects
-
-        return objects.task(concept)
-    if family == "clip":
-        from . import clip
-
-        return clip.task(concept)
+    if family in (*FAMILIES, "unlearncanvas"):
+        task: Task = import_module(f".{family}", __name__).task(concept)
+        return task
+    if family == "everywhere" and f"clip/{concept}" in names():
+        drawn, read = load(f"canvas/{concept}"), load(f"clip/{concept}")
+        return replace(drawn, name=name, **{f: getattr(read, f) for f in EVERYWHERE})
     raise unknown("task", name, [*names(), *protocols()])
 
 
 def protocols() -> dict[str, str]:
-    """The prompt sets of others by name, with what each is; nothing is read or fetched."""
-    from . import prompts
+    """The prompt sets and benchmarks of others by name, with what each is; nothing is read or fetched."""
+    from . import prompts, unlearncanvas
 
-    return prompts.protocols()
+    return {**prompts.protocols(), **unlearncanvas.protocols()}
 
 
 def names() -> list[str]:
     """Every task that ships with the package or a plug-in; no model is loaded."""
-    from . import canvas, clip, objects
-
-    own = [(canvas, "canvas"), (clip, "clip"), (objects, "objects")]
-    return [*registry.names("tasks"), *(f"{family}/{c}" for module, family in own for c in module.names())]
+    own = {family: import_module(f".{family}", __name__).names() for family in FAMILIES}
+    own["everywhere"] = own["clip"]
+    return [*registry.names("tasks"), *(f"{family}/{c}" for family, concepts in own.items() for c in concepts)]
 
 
 def from_data(source: str, forget: str, *, seed: int = 0, validation: float = 0.0, name: str = "") -> Task:

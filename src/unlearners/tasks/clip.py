@@ -16,8 +16,8 @@ FORMS = {
 
 
 def names() -> list[str]:
-    """The concepts: every mascot, and every style but photo, which the mascots are drawn in."""
-    return [*MASCOTS, *(s for s in STYLES if s != "photo")]
+    """The concepts: every mascot, and every style but photo, which the mascots are drawn in, and mosaic, which no pair shows."""
+    return [*MASCOTS, *(s for s in STYLES if s not in ("photo", "mosaic"))]
 
 
 def task(concepts: str) -> Task:
