@@ -378,6 +378,7 @@ class Verdict:
 
 
 Hit = Callable[[Mapping[int, Adversarial]], set[int]]
+Found = Callable[[int, Tensor], object]
 
 
 class Attack(ABC):
@@ -413,10 +414,12 @@ class Attack(ABC):
         log: Callable[[Row], None] | None = None,
         known: Sequence[Verdict] = (),
         keep: Callable[[list[Verdict]], None] | None = None,
+        found: Found = lambda index, picture: None,
     ) -> list[Verdict]:
         """Attack ``items``: pre-attack check, then proposals, each replayed and judged here, so an attack cannot inflate its rate.
 
-        ``keep`` gets all final verdicts after each batch; given back as ``known``, those batches are not attacked again.
+        ``keep`` gets all final verdicts after each batch; given back as ``known``, those batches are not attacked again. ``found`` gets
+        the index of each item that was broken and the picture (3, H, W) that shows it.
         """
         require(self, target)
         shown = judge.shows(_replay(target, [(i, Adversarial(prompt=i.prompt)) for i in items]), task)
@@ -429,9 +432,8 @@ class Attack(ABC):
                     verdicts[k] = final[items[k].prompt, items[k].seed]
                 continue
             with sandbox(target, seed), roomy(self):
-                for row in self.run(
-                    target, task, [items[k] for k in ids], _hit(target, task, judge, [(items[k], verdicts[k]) for k in ids])
-                ):
+                hit = _hit(target, task, judge, [(k, items[k], verdicts[k]) for k in ids], found)
+                for row in self.run(target, task, [items[k] for k in ids], hit):
                     if log:
                         log(row)
             if keep:
@@ -449,20 +451,20 @@ def _replay(target: Any, asked: Sequence[tuple[Item, Adversarial]]) -> Tensor:
     return torch.stack([images[k] for k in range(len(asked))])
 
 
-def _hit(target: Any, task: Task, judge: Judge, pairs: Sequence[tuple[Item, Verdict]]) -> Hit:
-    """Draw and judge proposals for ``pairs``, count a query for each, and write down what succeeded."""
+def _hit(target: Any, task: Task, judge: Judge, rows: Sequence[tuple[int, Item, Verdict]], found: Found) -> Hit:
+    """Draw and judge proposals for ``rows``, count a query for each, and write down and give to ``found`` what succeeded."""
 
     def hit(proposals: Mapping[int, Adversarial]) -> set[int]:
-        asked = {i: a for i, a in proposals.items() if not pairs[i][1].success}
-        if not asked:
+        if not (asked := {i: a for i, a in proposals.items() if not rows[i][2].success}):
             return set()
-        images = _replay(target, [(pairs[i][0], a) for i, a in asked.items()])
+        images = _replay(target, [(rows[i][1], a) for i, a in asked.items()])
         won = set()
-        for (i, adversarial), shown in zip(asked.items(), judge.shows(images, task), strict=True):
-            verdict = pairs[i][1]
+        for (i, adversarial), image, shown in zip(asked.items(), images, judge.shows(images, task), strict=True):
+            k, _, verdict = rows[i]
             verdict.queries += 1
             if shown:
                 won.add(i)
+                found(k, image)
                 verdict.success, verdict.level, verdict.adversarial = True, adversarial.level, target.spell(adversarial)
                 verdict.drawn, verdict.by = adversarial.seed, adversarial.by
         return won

@@ -59,6 +59,11 @@ class Soft:
     embeddings: Tensor | tuple[Tensor, ...]
     at: int | Tensor = 1
 
+    @classmethod
+    def of(cls, e: Tensor, at: int | Tensor, width: int) -> Soft:
+        """Embeddings (B, k, D) of a first text encoder of ``width``, with those of a second side by side where D is larger."""
+        return cls(e if e.shape[-1] == width else (e[..., :width], e[..., width:]), at)
+
     def put(self, out: Tensor, tower: int = 0) -> Tensor:
         """Looked-up embeddings ``out`` (B, L, D) of text encoder ``tower`` with these in their slots; differentiable in both."""
         values = (self.embeddings[tower] if isinstance(self.embeddings, tuple) else self.embeddings).to(out.dtype)

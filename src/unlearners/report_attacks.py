@@ -284,7 +284,6 @@ def found(record: Record, name: str, *, most: int, pictures: bool) -> Plain:
             for v in won[:most]
         ],
         "members": any(v.get("by") for v in won),
-        "wordless": any(v["level"] != "prompt" for v in won),
         "rest": max(0, len(won) - most),
         "pictures": beside(record, attack, name, won) if pictures else [],
     }

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from . import __version__, config, judges, patch, registry, tasks
 from .base import Attack, Item, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab, require
@@ -29,7 +30,6 @@ from .targets import absolute, guide_run, load, put_guide, read_run, root, weigh
 from .targets.base import Chat, Trainable
 
 SCHEMA = 1
-SHOWN = 16  # pictures kept of what an attack found
 SAID = {field.name for field in dataclass_fields(Verdict)}
 __all__ = ["Progress", "attack", "environment", "erase", "evaluate", "progress_bars", "replacing", "results", "write_json"]
 
@@ -292,17 +292,22 @@ def _attack(
         spent = kept["seconds"] + time.monotonic() - started
         write_json(draft, {"asked": asked, "seconds": spent, "log": log, "verdicts": [asdict(v) for v in verdicts]})
 
+    def broken(i: int, picture: Tensor) -> None:
+        save_picture(picture, folder / f"attacks/{name}/{i:03d}.png")
+
     known = [Verdict(**v) for v in kept["verdicts"]]
+    (path.parent / name).mkdir(exist_ok=True)
     # a judge is tried on the original first, where there is one
     detected = [None] * len(items) if alone else judge.shows(torch.stack([gallery.picture(r) for r in requests]), task)
     with Meter(model.device) as meter:
-        verdicts = attack(model, task, judge, items, seed=seed, log=note, known=known, keep=keep)
+        verdicts = attack(model, task, judge, items, seed=seed, log=note, known=known, keep=keep, found=broken)
     rows = [asdict(v) | {"detected": d, "picture": None, "clean": None, "original": None} for v, d in zip(verdicts, detected, strict=True)]
-    (path.parent / name).mkdir(exist_ok=True)
     drawn = {(r["prompt"], r["seed"], r.get("guidance")): r["file"] for r in gallery.rows.values()}
-    for i in [i for i, v in enumerate(verdicts) if v.success and v.adversarial][:SHOWN]:
-        files = _draw_found(model, verdicts[i], items[i].guidance, folder, f"attacks/{name}/{i:03d}")
-        rows[i] |= files | {"original": None if alone else drawn[items[i].prompt, items[i].seed, items[i].guidance]}
+    shown = [i for i, v in enumerate(verdicts) if v.success and v.adversarial]
+    for i, clean in zip(shown, _clean(model, [requests[i] for i in shown]), strict=True):
+        save_picture(clean, folder / f"attacks/{name}/{i:03d}-clean.png")
+        rows[i] |= {"picture": f"attacks/{name}/{i:03d}.png", "clean": f"attacks/{name}/{i:03d}-clean.png"}
+        rows[i]["original"] = None if alone else drawn[items[i].prompt, items[i].seed, items[i].guidance]
     write_json(
         path,
         {
@@ -329,17 +334,13 @@ def _attack(
     return path
 
 
-def _draw_found(model: Any, verdict: Verdict, guidance: float | None, folder: Path, stem: str) -> dict[str, str | None]:
-    """Save the picture of the plain prompt to ``stem``-clean.png and that of what the attack found to ``stem``.png, drawn together;
-    returns both names. What is not a text cannot be drawn again and has no picture."""
-    again = verdict.level == "prompt"
-    prompts = [verdict.prompt, *([verdict.adversarial] if again else [])]
-    seeds = [verdict.seed, *([verdict.seed if verdict.drawn is None else verdict.drawn] if again else [])]
-    images = model.sample(prompts, seeds, **({} if guidance is None else {"guidance": guidance}))
-    files = [f"{stem}-clean.png", f"{stem}.png"][: len(images)]
-    for image, file in zip(images, files, strict=True):
-        save_picture(image, folder / file)
-    return {"clean": files[0], "picture": files[1] if again else None}
+def _clean(model: Any, requests: Sequence[Request]) -> list[Tensor]:
+    """The model's picture (3, H, W) of each request, without an attack."""
+    images: dict[int, Tensor] = {}
+    for g in dict.fromkeys(r.guidance for r in requests):
+        part, own = [k for k, r in enumerate(requests) if r.guidance == g], {} if g is None else {"guidance": g}
+        images |= zip(part, model.sample([requests[k].prompt for k in part], [requests[k].seed for k in part], **own), strict=True)
+    return [images[k] for k in range(len(requests))]
 
 
 def _long(model: Any, prompts: Sequence[str], most: int) -> list[bool]:

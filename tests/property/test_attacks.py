@@ -328,3 +328,23 @@ def test_missing_pictures_and_wrong_families_are_refused_in_one_sentence() -> No
         UnlearnDiffAtk()(Planted(), TASK, Never(), [Item(prompt="w5", seed=0)])
     with pytest.raises(UsageError, match="two text encoders"):
         UnlearnDiffAtk(k=2)(StableDiffusion.tiny(xl=True), TASK, Never(), [Item(prompt="a", seed=0, picture=torch.rand(1, 3, 16, 16))])
+
+
+@pytest.mark.parametrize("xl", [False, True], ids=["sd", "xl"])
+def test_an_embedding_that_is_a_token_draws_what_the_token_draws(xl: bool) -> None:
+    target = StableDiffusion.tiny(xl=xl)
+    tokens = target.tokens(["a b"])[0]
+    own = [target.modules[c].get_input_embeddings().weight[tokens[1]] for c in target.modules if c.startswith("text_encoder")]  # type: ignore[operator]
+    other = tokens.clone()
+    other[1] = tokens[2]
+    typed, soft = Adversarial(tokens=tokens), Adversarial(tokens=other, embedding=torch.cat(own)[None].detach(), at=1)
+    pictures = target.replay([typed, soft, Adversarial(tokens=other)], [3, 3, 3])
+    torch.testing.assert_close(pictures[0], pictures[1])
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-3)
+
+
+def test_the_picture_of_what_was_found_is_given_to_who_asks() -> None:
+    seen: dict[int, Tensor] = {}
+    verdicts = RandomTokens(tries=400)(Planted(), TASK, White(), items(3), found=seen.__setitem__)
+    assert set(seen) == {i for i, v in enumerate(verdicts) if v.success and not v.before}
+    assert seen and all(bool((picture == 1).all()) for picture in seen.values()), "white is what the judge looks for"

@@ -88,8 +88,7 @@ def tables(target: TextToImage) -> Tensor:
 
 def soft(target: TextToImage, e: Tensor, at: Tensor) -> Soft:
     """Embeddings ``e`` (B, k, D) laid out as ``tables`` in the slots ``at`` (B, k), -1 for none."""
-    width = target.embed().shape[1]
-    return Soft(e if e.shape[-1] == width else (e[..., :width], e[..., width:]), at)
+    return Soft.of(e, at, target.embed().shape[1])
 
 
 def ordinary(target: TextToImage) -> Tensor:

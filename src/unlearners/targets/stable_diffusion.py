@@ -303,7 +303,7 @@ class StableDiffusion(Learner, TextToImage):
                 continue
             if a.tokens is None:
                 raise UnlearnError("an adversarial input without a prompt needs token ids")
-            soft = None if a.embedding is None else Soft(a.embedding[None].to(self.device), a.at)
+            soft = None if a.embedding is None else Soft.of(a.embedding[None].to(self.device), a.at, self.embed().shape[1])
             conds.append(self.encode(a.tokens[None].to(self.device), soft))
         return self.sample(Cond.cat(conds), seeds, guidance=guidance)
 
