@@ -137,13 +137,15 @@ def test_a_small_step_raises_the_forget_loss() -> None:
                 assert float(target.forgetting(batch)) > before, name
 
 
-@pytest.mark.parametrize("tower", ["vision_tower", "text_encoder"])
+@pytest.mark.parametrize("tower", ["vision_tower", "text_encoder", "projections"])
 def test_many_steps_behind_the_layer_are_the_steps_one_by_one(tower: str) -> None:
     target, task = named()
     score = scorer(target, task, 1, 4)
     assert isinstance(score, Dual)
     weights = target.named()
-    for name in [n for n in weights if n.startswith(tower) and n.endswith(("fc1.weight", "v_proj.weight", "out_proj.weight"))]:
+    for name in [
+        n for n in weights if n.startswith(tower) and n.endswith(("fc1.weight", "v_proj.weight", "out_proj.weight", "projection.weight"))
+    ]:
         edit = Edit.of(weights, {name: torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(1))}, [name])
         seen: list[Any] = []
         score._percent = lambda V, T, seen=seen: (seen.append((V, T)), (0.0, 0.0))[1]  # type: ignore[method-assign, misc]

@@ -77,6 +77,10 @@ class Shown:
     y: Tensor
     """(n,)"""
     forget: bool
+    seen: Tensor
+    """what the vision tower pools of them (n, W) before any edit"""
+    read: Tensor
+    """what the text tower pools of the names (K F, W)"""
     V: Tensor
     """embeddings (n, D) before any edit"""
     T: Tensor
@@ -91,8 +95,9 @@ class Dual(Scorer):
         self.top, self.sets = top, [*self._named(task)] or [*self._paired(task)]
         with torch.no_grad():
             for s in self.sets:
-                s.V = torch.cat([target.images(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)])
-                s.T = self._mean(target.texts([t for ways in s.names for t in ways]), s)
+                s.seen = torch.cat([target.seen(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)])
+                s.read = target.read([t for ways in s.names for t in ways])
+                s.V, s.T = self._projected(s)
 
     def _named(self, task: Task) -> list[Shown]:
         if not task.holdout.source:
@@ -108,7 +113,7 @@ class Dual(Scorer):
                 rows = (gone == forget).nonzero().flatten()
                 if len(rows):
                     x, y = found.raw(rows)
-                    out.append(Shown(x, names, y.cpu(), forget, x, x))
+                    out.append(Shown(x, names, y.cpu(), forget, x, x, x, x))
         return out
 
     def _paired(self, task: Task) -> list[Shown]:
@@ -123,8 +128,8 @@ class Dual(Scorer):
         x_f, x_r = forget.raw(gone)[0], retain.raw(rows)[0]
         own = torch.tensor([texts.index(retain.texts[i]) for i in rows.tolist()])
         return [
-            Shown(x_f, [*said, *known], torch.tensor(which), True, x_f, x_f),
-            Shown(x_r, known, own, False, x_r, x_r),
+            Shown(x_f, [*said, *known], torch.tensor(which), True, x_f, x_f, x_f, x_f),
+            Shown(x_r, known, own, False, x_r, x_r, x_r, x_r),
         ]
 
     def before(self) -> tuple[float, float]:
@@ -135,7 +140,12 @@ class Dual(Scorer):
         T = [self._mean(self.target.texts([t for ways in s.names for t in ways]), s) for s in self.sets]
         return self._percent(V, T)
 
+    def _projected(self, s: Shown) -> tuple[Tensor, Tensor]:
+        return self.target.project("visual", s.seen), self._mean(self.target.project("text", s.read), s)
+
     def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
+        if all(n.startswith("projections.") for n in edit.names):
+            return [self._behind(edit, a) for a in alphas]
         at = re.match(r"(vision_tower|text_encoder)\.(.*encoder)\.layers\.(\d+)\.(.+)\.weight$", edit.names[0])
         module = self.target.modules[at[1]].get_submodule(f"{at[2]}.layers.{at[3]}.{at[4]}") if at else None
         if at is None or len(edit.names) > 1 or not isinstance(module, nn.Linear):
@@ -151,6 +161,13 @@ class Dual(Scorer):
             T = [s.T for s in self.sets] if at[1] == "vision_tower" else [f[i] for f in found]
             out.append(Point(alpha, *self._percent(V, T)))
         return out
+
+    @torch.no_grad()
+    def _behind(self, edit: Edit, alpha: float) -> Point:
+        """An edit of what lies behind both towers, whose outputs stay."""
+        with edit.at(self.target.named(), alpha):
+            V, T = zip(*(self._projected(s) for s in self.sets), strict=True)
+        return Point(alpha, *self._percent(V, T))
 
     def _pictures(self, s: Shown, behind: Behind, module: nn.Linear, unit: Tensor, a: Tensor) -> Tensor:
         """Embeddings (A, n, D) of the pictures under each step."""

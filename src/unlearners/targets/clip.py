@@ -124,16 +124,23 @@ class CLIP(DualEncoder):
 
     # --- what methods ask -----------------------------------------------------------------------------------------
     def images(self, x: Tensor) -> Tensor:
-        with self._autocast():
-            seen = self.modules["vision_tower"](pixel_values=(x.to(self.device) - self.mean) / self.std).pooler_output
-        return self.project("visual", seen)
+        return self.project("visual", self.seen(x))
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
+        return self.project("text", self.read(prompts))
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What the vision tower pools (B, W) of pictures (B, 3, side, side) in [0, 1]."""
+        with self._autocast():
+            found: Tensor = self.modules["vision_tower"](pixel_values=(x.to(self.device) - self.mean) / self.std).pooler_output
+        return found
+
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """What the text tower pools (B, W) of texts; equal ones are read once."""
         unique = list(dict.fromkeys(prompts))
         ids = {k: v.to(self.device) for k, v in self.tokenize(unique).items()}
         with self._autocast():
-            read = self.modules["text_encoder"](**ids).pooler_output
-        found = self.project("text", read)
+            found: Tensor = self.modules["text_encoder"](**ids).pooler_output
         return found if len(unique) == len(prompts) else found[[unique.index(p) for p in prompts]]
 
     def project(self, side: str, pooled: Tensor) -> Tensor:
