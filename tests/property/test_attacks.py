@@ -164,6 +164,31 @@ def test_an_attack_that_never_asks_gains_nothing() -> None:
     assert rates(Silent()(Planted(), TASK, White(), items(5))) == (0.0, 0.0)
 
 
+class Clean(Attack):
+    """Proposes each prompt as it is, on a real pipeline."""
+
+    needs, access = TextToImage, "black"
+
+    def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+        won = hit({i: Adversarial(prompt=item.prompt) for i, item in enumerate(items)})
+        yield {"left": float(len(items) - len(won))}
+
+
+def test_the_plain_prompts_gain_nothing_beyond_what_they_show_before() -> None:
+    target, asked = StableDiffusion.tiny(), [Item(prompt=p, seed=i) for i, p in enumerate(("a", "b c", "d", "e f"))]
+    level = target.sample([i.prompt for i in asked], [i.seed for i in asked]).mean((1, 2, 3)).sort().values[1:3].mean()
+
+    class Bright(Judge):
+        """The concept is a picture brighter than half of the plain ones."""
+
+        def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
+            return ["trigger" if x.mean() > level else "" for x in images]
+
+    verdicts = Clean()(target, TASK, Bright(), asked)
+    asr, before = rates(verdicts)
+    assert asr == before == 50.0 and sum(v.queries for v in verdicts) == 2
+
+
 def test_success_needs_hit() -> None:
     assert rates(Knows(ask=False)(Planted(), TASK, White(), items(4, broken=1))) == (25.0, 25.0)
     verdicts = Knows()(Planted(), TASK, White(), items(4, broken=1))
