@@ -45,7 +45,7 @@ class Published:
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """What a paper says of two rows, to be held against the grid's own: method's ``metric`` is at most (or at least) ``factor`` times
-    that of ``than``, plus ``margin``; means over ``tasks`` and seeds."""
+    that of ``than`` (or its ``against``), plus ``margin``; means over ``tasks`` and seeds."""
 
     says: str
     source: str
@@ -55,6 +55,8 @@ class Claim:
     holds: Literal["at most", "at least"] = "at most"
     factor: float = 1.0
     margin: float = 0.0
+    against: str = ""
+    """another metric of ``than``, such as that of a second attack; ``metric`` when empty"""
     tasks: tuple[str, ...] = ()
     """all when empty"""
 
@@ -187,7 +189,7 @@ def held(rows: Sequence[Row], claims: Sequence[Claim]) -> Sheet:
     body = []
     for c in claims:
         tasks = [t for t in dict.fromkeys(r["task"] for r in rows) if not c.tasks or t in c.tasks]
-        pairs = [(values.get((t, c.method, c.metric)), values.get((t, c.than, c.metric))) for t in tasks]
+        pairs = [(values.get((t, c.method, c.metric)), values.get((t, c.than, c.against or c.metric))) for t in tasks]
         both = [(_mean(a), _mean(b)) for a, b in pairs if a and b]
         mine, other = (_mean([p[i] for p in both]) for i in (0, 1))
         limit = c.factor * other + c.margin
@@ -197,7 +199,8 @@ def held(rows: Sequence[Row], claims: Sequence[Claim]) -> Sheet:
             verdict = "no difference"
         else:
             verdict = "held" if (mine <= limit if c.holds == "at most" else mine >= limit) else "not held"
-        rule = f"{heading(c.metric)} of {c.method} {c.holds} " + (f"{c.factor:g} × " if c.factor != 1 else "") + f"that of {c.than}"
+        rule = f"{heading(c.metric)} of {c.method} {c.holds} " + (f"{c.factor:g} × " if c.factor != 1 else "")
+        rule += f"{heading(c.against)} of {c.than}" if c.against else f"that of {c.than}"
         rule += f" {c.margin:+g}" if c.margin else ""
         body.append([c.says, c.source, rule, *(f"{v:.1f}" if both else "–" for v in (mine, other)), str(len(both)), verdict])
     columns = ["claim", "source", "measured as", "first", "second", "tasks", "here"]
