@@ -7,6 +7,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
 from .. import diffusion, imports, latents, patch
@@ -212,7 +214,7 @@ class StableDiffusion(Learner, TextToImage):
                 return encoder(ids, output_hidden_states=self.xl)
         handle = encoder.get_input_embeddings().register_forward_hook(lambda _module, _inputs, out: soft.put(out, tower))
         try:
-            with self.precision():
+            with self.precision(), self._attention():
                 return encoder(ids, output_hidden_states=self.xl)
         finally:
             handle.remove()
@@ -231,9 +233,14 @@ class StableDiffusion(Learner, TextToImage):
     # --- denoising ------------------------------------------------------------------------------------------------
     def eps(self, x_t: Tensor, t: Any, cond: Cond) -> Tensor:
         extra = {"text_embeds": cond.pooled, "time_ids": cond.time_ids} if self.xl else None
-        with self.precision():
+        with self.precision(), self._attention():
             out: Tensor = self.modules["unet"](x_t, t, cond.states, added_cond_kwargs=extra, return_dict=False)[0]
         return out
+
+    def _attention(self) -> Any:
+        """Plain attention where a CPU is to differentiate in half precision: there the fused one's backward pass is ten times slower."""
+        slow = self.device.type == "cpu" and self.dtype != torch.float32 and torch.is_grad_enabled()
+        return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
     def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         v = self.scheduler.config.prediction_type == "v_prediction"
