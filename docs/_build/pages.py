@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 import unlearners
-from unlearners import cli, registry
+from unlearners import registry, verbs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KINDS = {"methods": "Methods", "attacks": "Attacks", "metrics": "Metrics", "judges": "Judges"}
@@ -227,7 +227,7 @@ def code(text: str) -> str:
 # --- pages --------------------------------------------------------------------------------------------------------
 def about(kind: str, name: str) -> dict[str, Any]:
     """What ``unlearn show NAME --json`` prints about one thing."""
-    found: list[dict[str, Any]] = cli.Show(name=name).do(None)["found"]
+    found: list[dict[str, Any]] = verbs.Show(name=name).do(None)["found"]
     return next(f for f in found if f["kind"] == kind)
 
 
@@ -421,7 +421,7 @@ def reference() -> str:
         "Add `:layers=0-3` to `text_encoder` for some of its layers. A regular expression over `component.parameter` is a group too."
     )
     parts += ["## Tasks", "`unlearn list tasks` prints this list, `unlearn show canvas/neon` one task."]
-    rows = cli.List(what="tasks").do(None)["tasks"]
+    rows = verbs.List(what="tasks").do(None)["tasks"]
     parts.append(grid(("task", "what it asks"), [(f"`{r['name']}`", prose(r["summary"])) for r in rows]))
     parts.append("## Exports")
     for name in registry.names("exports"):

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from unlearners.cli import VERBS, main
+from unlearners.cli import main
+from unlearners.verbs import VERBS
 
 Cli = Callable[..., tuple[int, str, str]]
 ESD = ("erase", "esd", "tiny", "--concept", "cup", "--sampler-steps", "4")

@@ -27,7 +27,7 @@ import torch
 import yaml
 from PIL import Image
 
-from unlearners import cli, config, data, registry, run, tasks
+from unlearners import cli, config, data, registry, run, tasks, verbs
 from unlearners.base import Data, Probe, Task
 from unlearners.bench import Grid
 from unlearners.methods.retrain import Retrain
@@ -51,7 +51,7 @@ STANDS_FOR = {
 }  # fmt: skip
 """a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
 CANVAS = ("canvas", *data.CANVAS)
-CUT = {**cli.CUT, "renders": 64, "refresh": 2}
+CUT = {**verbs.CUT, "renders": 64, "refresh": 2}
 """what budgets are lowered to; the names are fields of methods, attacks and metrics"""
 
 

@@ -44,12 +44,15 @@ LAYERS = (
     {"train", "adopt"},
     {"workers", "board", "tables"},
     {"bench", "report", "report_attacks", "report_commands", "report_pictures", "report_tables"}
-    | {"exports", "app", "patches", "cli", "demo", "flags", "plots", "testing"},
+    | {"exports", "app", "patches", "demo", "flags", "plots", "testing"},
+    {"listing"},
+    {"verbs"},
+    {"cli"},
 )
 SIBLINGS = {"targets", "tasks", "judges", "attacks", "metrics", "methods", "exports"}
 # Checks what the zoo ships by loading it as users do, so it stands above everything, though it lies beside the recipes.
 VERIFY = ("zoo", "canvas", "verify")
-ZOO_USERS = {"data", "targets", "tasks", "judges", "metrics", "cli", "bench", "zoo"}
+ZOO_USERS = {"data", "targets", "tasks", "judges", "metrics", "verbs", "bench", "zoo"}
 
 
 def registered(*kinds: str) -> list[Path]:
@@ -184,7 +187,7 @@ def forbidden(path: Path, target: tuple[str, ...]) -> str:
     if parts == VERIFY:
         return ""
     if target[:3] == VERIFY:
-        return "" if source in ("cli", "bench") else "only cli and bench may use the zoo's verification"
+        return "" if source in ("verbs", "bench") else "only verbs and bench may use the zoo's verification"
     if part == "zoo":
         return "" if source in ZOO_USERS else f"only {', '.join(sorted(ZOO_USERS))} may use the zoo"
     if source == "zoo":
