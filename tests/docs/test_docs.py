@@ -47,7 +47,7 @@ SHOWN = ("text", "toml", "bibtex")
 STANDS_FOR = {
     "sd14": "canvas", "canvas-finetuned": "canvas",
     "canvas-classifier": "tiny-classifier", "canvas-ddpm": "tiny-ddpm", "resnet20_cifar": "resnet20_cifar:width=4",
-    "canvas-clip": "tiny-clip", "canvas-llava": "tiny-llava",
+    "canvas-clip": "tiny-clip",
 }  # fmt: skip
 """a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
 CANVAS = ("canvas", *data.CANVAS)

@@ -124,8 +124,6 @@ def sides(target: Target, task: Task, clip: str, params: str, *, loss: str = "cl
     lends = isinstance(target, TextToImage | Chat)
     if not lends and not isinstance(target, Learner):
         raise UsageError(f"slug needs examples with labels or texts, and a {type(target).__name__} reads none; use another method")
-    if loss == "answers" and not isinstance(target, Chat):
-        raise UsageError(f"loss=answers is for models that answer questions, and a {type(target).__name__} answers none; set loss=clip")
     source: Any = target
     if isinstance(target, Chat) and loss == "answers":
         source = Answers(target, task)

@@ -14,7 +14,7 @@ from .. import config, saliency, single_layer
 from ..base import Method, Row, Target, Task
 from ..errors import UsageError
 from ..single_layer import Edit, Layer, Point
-from ..targets.base import Names
+from ..targets.base import Chat, Names
 from ._pairs import each, sides
 from ._validation import scorer
 
@@ -102,6 +102,8 @@ class SLUG(Method):
     """pictures that a pipeline draws for each step tried, and for the forget set when none is given"""
 
     def __post_init__(self) -> None:
+        if self.loss == "answers":
+            object.__setattr__(self, "needs", Chat)
         if min(self.batch, self.evaluations, self.at_once, self.top_names, self.pictures) < 1 or self.alpha <= 0 or self.pairs < 0:
             raise UsageError("batch, evaluations, at_once, top_names and pictures must be at least 1, and alpha above 0")
 
