@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,11 @@ class Examples:
     @property
     def _home(self) -> torch.device:
         return self.source.pictures.device
+
+    def only(self, rows: Tensor) -> Examples:
+        """Those at ``rows`` (m,), with their texts."""
+        texts = tuple(self.texts[i] for i in rows.tolist()) if self.texts else ()
+        return replace(self, indices=self.indices[rows], texts=texts)
 
     def raw(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 pictures (B, 3, H, W) and labels (B,) of ``rows`` (B,) in 0 … n - 1, on the device."""

@@ -22,7 +22,7 @@ from unlearners.latents import Asked
 from unlearners.metrics._probe import Fresh, before
 from unlearners.metrics.fa import FA
 from unlearners.metrics.quantised import Quantised, matrices, nearest, rounded
-from unlearners.metrics.relearned import Relearned, named, only
+from unlearners.metrics.relearned import Relearned, named
 from unlearners.metrics.ta import TA
 from unlearners.metrics.ua import UA
 from unlearners.sandbox import sandbox
@@ -230,7 +230,7 @@ def test_the_untouched_model_is_at_its_start_and_the_seed_is_the_runs() -> None:
 def test_texts_go_with_their_pictures() -> None:
     target = CLIP.tiny()
     forget = replace(target.open(testing.task_for(target).retain))
-    some = only(forget, torch.tensor([5, 0]))
+    some = forget.only(torch.tensor([5, 0]))
     assert some.texts == (forget.texts[5], forget.texts[0]) and torch.equal(some.indices, forget.indices[[5, 0]])
 
 

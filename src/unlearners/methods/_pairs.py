@@ -78,8 +78,7 @@ class Sides:
         """At most ``pairs`` of them, if that is not 0."""
         if not 0 < self.pairs < len(found):
             return found
-        rows = torch.randperm(len(found))[: self.pairs].sort().values
-        return replace(found, indices=found.indices[rows], texts=tuple(found.texts[i] for i in rows.tolist()) if found.texts else ())
+        return found.only(torch.randperm(len(found))[: self.pairs].sort().values)
 
     def _drawn(self, prompts: tuple[str, ...], n: int) -> Examples:
         said = [prompts[i % len(prompts)] for i in range(n)]

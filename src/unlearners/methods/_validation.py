@@ -267,8 +267,7 @@ class Labelled(Scorer):
 
     def _some(self, target: Learner, data: Data, n: int) -> Examples:
         found: Any = target.open(data)
-        rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:n]
-        some: Examples = replace(found, indices=found.indices[rows])
+        some: Examples = found.only(torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:n])
         return some
 
     def now(self) -> tuple[float, float]:

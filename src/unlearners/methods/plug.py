@@ -106,8 +106,8 @@ class Plug(Method):
             return
         ours = patching.base_hash({c: target.modules[c] for c in part.components})
         if wrong := sorted(c for c in part.components if ours[c] != part.base[c]):
-            text = wrong[0].startswith("text_encoder")
-            mend = "use a model that shares it" if text else "train the erasure in the text encoder (--params text_encoder)"
+            tower = wrong[0].startswith(("text_encoder", "vision_tower"))
+            mend = "use a model that shares it" if tower else "train the erasure in the text encoder (--params text_encoder)"
             raise RefusedError(f"this model does not share the '{wrong[0]}' that {self.patch} was made for; {mend}, or set unshared")
 
 

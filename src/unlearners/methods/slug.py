@@ -33,8 +33,8 @@ class SLUG(Method):
         theta_l <- theta_l + lambda g_l,    lambda = alpha ||theta_l|| / ||g_l||
     L_forget is mean(1 - cos(v, t)) over pairs of a picture and a text, L_retain the contrastive loss; on classifiers both are
     cross-entropy. Stable Diffusion and LLaVA hold one tower of a CLIP (``clip``), whose gradients are taken; only layers that their
-    own tower has and uses are looked at, and alpha is judged by what they draw or answer. LLaVA reads patches, which CLIP's loss says
-    little of; with ``loss="answers"`` both losses are the cross-entropy of its own answers to the task's question. Several concepts:
+    own tower has and uses are looked at, and alpha is judged by what they draw or answer. LLaVA reads patches, and CLIP's loss the
+    pooled token; with ``loss="answers"`` both losses are the cross-entropy of its own answers to the task's question. Several concepts:
     each gets its own layer and step from the original weights, steps on one tensor add up, and one factor for all is searched at the end.
 
     Logged: first a row for every layer: ``layer`` (its number), ``tower``, ``importance``, ``alignment``, ``front``; then one for

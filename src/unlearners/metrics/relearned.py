@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ..base import Metric, Outputs, Score, Target, Task, kebab
 from ..data import Examples
@@ -93,12 +92,12 @@ class Relearned(Metric):
             raise UsageError("relearned shows one picture of the forget set and measures on another, and there is one alone; forget more")
         order = torch.randperm(len(forget))
         if not dual:
-            return only(forget, order[:n]), only(forget, order[n:].sort().values)
+            return forget.only(order[:n]), forget.only(order[n:].sort().values)
         test = target.open(task.holdout)
         gone = torch.tensor([c in task.concepts for c in test.classes])[test.labels].nonzero().flatten()
         if not len(gone):
             raise UsageError(f"no test picture of {task.holdout.source} is called {task.concepts[0]}; give test pictures with its name")
-        return only(forget, order[:n]), only(test, gone)
+        return forget.only(order[:n]), test.only(gone)
 
     def taught(self, copy: Any, shots: Examples, held: Examples) -> Iterator[tuple[int, Score]]:
         """The forget accuracy of ``copy`` while it is taught ``shots``."""
@@ -111,12 +110,6 @@ class Relearned(Metric):
             opt.zero_grad()
             copy.forgetting(loader.draw()).backward()
             opt.step()
-
-
-def only(examples: Examples, rows: Tensor) -> Examples:
-    """Those of ``examples`` at ``rows`` (m,)."""
-    texts = tuple(examples.texts[i] for i in rows.tolist()) if examples.texts else ()
-    return replace(examples, indices=examples.indices[rows], texts=texts)
 
 
 def named(model: Any, held: Examples) -> Score:
