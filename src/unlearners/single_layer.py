@@ -119,6 +119,17 @@ class Edit:
             weights[n].data.add_(u.to(weights[n]), alpha=alpha)
 
 
+class Step(NamedTuple):
+    """Where to, and how far."""
+
+    edit: Edit
+    point: Point
+
+    def times(self, f: float) -> Step:
+        """``f`` times as far; what it does there is not known."""
+        return Step(self.edit, Point(f * self.point.alpha, self.point.fa, self.point.ta))
+
+
 Score = Callable[[Sequence[float]], list[Point]]
 
 
@@ -162,6 +173,44 @@ def choose(points: Sequence[Point], *, goal: float, floor: float) -> tuple[Point
     forgot = [p for p in points if p.fa <= goal]
     best = min(forgot, key=lambda p: (-p.ta, -p.alpha)) if forgot else max(points, key=lambda p: (p.ta - p.fa, -p.alpha))
     return best, bool(forgot) and best.ta >= floor
+
+
+FACTORS = (2.0, 1.5, 1.2, 1.0, 0.85, 0.7, 0.5)
+"""of all steps together; of equal ones the longest is taken"""
+NUDGES = (0.6, 0.8, 0.9, 1.1, 1.25, 1.6)
+"""of one step, the others as they are"""
+
+
+def joint(
+    found: Sequence[Sequence[Step]], score: Callable[[Edit, Sequence[float]], list[Point]], *, goal: float = 0.0, rounds: int = 3
+) -> tuple[list[Step], Point]:
+    """One step for each of several concepts, and what all do together: steps that forget every concept and keep most.
+
+    ``found`` are each concept's steps that forget it alone, the best first; steps on one tensor add up. The best ones get one factor
+    for all; then, up to ``rounds`` times, each by itself gets another length or another layer, as long as that forgets more or keeps more.
+    """
+
+    def together(steps: Sequence[Step]) -> Point:
+        units: dict[str, Tensor] = {}
+        for edit, p in steps:
+            for n, u in edit.units.items():
+                units[n] = units[n] + p.alpha * u if n in units else p.alpha * u
+        return score(Edit(units), (1.0,))[0]
+
+    def best(sets: Sequence[list[Step]], *now: tuple[list[Step], Point]) -> tuple[list[Step], Point]:
+        tried = [*now, *((steps, together(steps)) for steps in sets)]
+        point, _ = choose([p for _, p in tried], goal=goal, floor=0.0)
+        return next((steps, p) for steps, p in tried if p is point)
+
+    done, last = best([[own[0].times(f) for own in found] for f in FACTORS])
+    for _ in range(rounds):
+        before = last
+        for k, own in enumerate(found):
+            near = [*(done[k].times(f) for f in NUDGES), *(s for s in own if s.edit is not done[k].edit)]
+            done, last = best([[*done[:k], s, *done[k + 1 :]] for s in near], (done, last))
+        if last is before:
+            break
+    return done, last
 
 
 # --- evaluating many steps on what lies behind the edited layer ------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from unlearners.errors import UsageError
 from unlearners.methods._pairs import each, sides
 from unlearners.methods._validation import Dual, scorer
 from unlearners.methods.slug import SLUG
-from unlearners.single_layer import Edit, Layer, Point
+from unlearners.single_layer import Edit, Layer, Point, Step
 from unlearners.targets.clip import CLIP
 from unlearners.targets.llava import Llava
 from unlearners.targets.stable_diffusion import StableDiffusion
@@ -230,7 +231,7 @@ def test_several_concepts_are_edited_apart_and_then_together() -> None:
     assert [p.concepts for p in parts] == [("a",), ("b",)] and [p.forget.rows for p in parts] == ["class=a", "class=b"]
     rows: list[dict[str, float]] = []
     quick(SLUG())(target, both, seed=0, log=rows.append)
-    assert rows[-1]["edited"] == 2 and rows[-1]["factor"] > 0
+    assert rows[-1]["edited"] == 2 and all(r["alpha"] > 0 and "chosen" in r for r in rows[-3:])
     with pytest.raises(UsageError, match="2 concepts need as many"):
         each(replace(both, forget=Data(source="tiny", rows="class=a")))
 
@@ -247,3 +248,27 @@ def test_what_cannot_be_done_is_said() -> None:
     assert clip.concepts == ("zorbo",) and tasks.load("clip/zorbo+pimlu").concepts == ("zorbo", "pimlu")
     with pytest.raises(UsageError, match="did you mean zorbo"):
         tasks.load("clip/zorbu")
+
+
+def test_steps_of_several_concepts_get_lengths_and_layers_of_their_own() -> None:
+    """One needs its whole step and the other a third, or half as much in another layer: one factor for both would cost more of the rest."""
+
+    def step(name: str, alpha: float) -> Step:
+        return Step(Edit({name: torch.ones(1)}), Point(alpha, 0.0, 90.0))
+
+    def score(edit: Edit, alphas: Sequence[float]) -> list[Point]:
+        a, b, other = (float(edit.units.get(n, 0)) for n in ("a", "b", "other"))
+        gone = a >= 0.95 and (b >= 0.6 or other >= 0.3)
+        return [Point(1.0, 0.0 if gone else 50.0, 100 - 10 * (a + b + other))]
+
+    def kept(found: list[list[Step]], rounds: int = 3) -> tuple[list[Step], float]:
+        done, last = single_layer.joint(found, score, rounds=rounds)
+        assert last.fa == 0 and last.ta == pytest.approx(100 - 10 * sum(s.point.alpha for s in done))
+        return done, last.ta
+
+    alone = [[step("a", 1.0)], [step("b", 2.0)]]
+    assert kept(alone, rounds=0)[1] == pytest.approx(70)
+    done, ta = kept(alone)
+    assert ta > 83 and 0.6 <= done[1].point.alpha < 0.7 and done[0].point.alpha == 1
+    done, ta = kept([alone[0], [step("b", 2.0), step("other", 0.31)]])
+    assert done[1].edit.names == ("other",) and ta > 86

@@ -51,8 +51,12 @@ class Scorer(ABC):
         weights, out = self.target.named(), []
         for a in alphas:
             with edit.at(weights, a), torch.no_grad():
-                out.append(Point(a, *self.now()))
+                out.append(Point(a, *self.after(edit)))
         return out
+
+    def after(self, edit: Edit) -> tuple[float, float]:
+        """Both while ``edit`` is applied."""
+        return self.now()
 
 
 def scorer(target: Target, task: Task, top: int, pictures: int) -> Scorer:
@@ -95,9 +99,8 @@ class Dual(Scorer):
         self.top, self.sets = top, [*self._named(task)] or [*self._paired(task)]
         with torch.no_grad():
             for s in self.sets:
-                s.seen = torch.cat([target.seen(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)])
-                s.read = target.read([t for ways in s.names for t in ways])
-                s.V, s.T = self._projected(s)
+                s.seen, s.read = self._seen(s), self._read(s)
+                s.V, s.T = self._projected(s, s.seen, s.read)
 
     def _named(self, task: Task) -> list[Shown]:
         if not task.holdout.source:
@@ -136,16 +139,25 @@ class Dual(Scorer):
         return self._percent([s.V for s in self.sets], [s.T for s in self.sets])
 
     def now(self) -> tuple[float, float]:
-        V = [torch.cat([self.target.images(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)]) for s in self.sets]
-        T = [self._mean(self.target.texts([t for ways in s.names for t in ways]), s) for s in self.sets]
-        return self._percent(V, T)
+        return self._percent(*zip(*(self._projected(s, self._seen(s), self._read(s)) for s in self.sets), strict=True))
 
-    def _projected(self, s: Shown) -> tuple[Tensor, Tensor]:
-        return self.target.project("visual", s.seen), self._mean(self.target.project("text", s.read), s)
+    def after(self, edit: Edit) -> tuple[float, float]:
+        """A tower that is left alone pools what it did before."""
+        vision, text = (any(n.startswith(f"{t}.") for n in edit.names) for t in ("vision_tower", "text_encoder"))
+        both = (self._projected(s, self._seen(s) if vision else s.seen, self._read(s) if text else s.read) for s in self.sets)
+        return self._percent(*zip(*both, strict=True))
+
+    def _seen(self, s: Shown) -> Tensor:
+        return torch.cat([self.target.seen(s.x[part].float() / 255) for part in batches(len(s.x), ROWS)])
+
+    def _read(self, s: Shown) -> Tensor:
+        read: Tensor = self.target.read([t for ways in s.names for t in ways])
+        return read
+
+    def _projected(self, s: Shown, seen: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        return self.target.project("visual", seen), self._mean(self.target.project("text", read), s)
 
     def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
-        if all(n.startswith("projections.") for n in edit.names):
-            return [self._behind(edit, a) for a in alphas]
         at = re.match(r"(vision_tower|text_encoder)\.(.*encoder)\.layers\.(\d+)\.(.+)\.weight$", edit.names[0])
         module = self.target.modules[at[1]].get_submodule(f"{at[2]}.layers.{at[3]}.{at[4]}") if at else None
         if at is None or len(edit.names) > 1 or not isinstance(module, nn.Linear):
@@ -161,13 +173,6 @@ class Dual(Scorer):
             T = [s.T for s in self.sets] if at[1] == "vision_tower" else [f[i] for f in found]
             out.append(Point(alpha, *self._percent(V, T)))
         return out
-
-    @torch.no_grad()
-    def _behind(self, edit: Edit, alpha: float) -> Point:
-        """An edit of what lies behind both towers, whose outputs stay."""
-        with edit.at(self.target.named(), alpha):
-            V, T = zip(*(self._projected(s) for s in self.sets), strict=True)
-        return Point(alpha, *self._percent(V, T))
 
     def _pictures(self, s: Shown, behind: Behind, module: nn.Linear, unit: Tensor, a: Tensor) -> Tensor:
         """Embeddings (A, n, D) of the pictures under each step."""

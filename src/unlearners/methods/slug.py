@@ -13,14 +13,12 @@ import torch
 from .. import config, saliency, single_layer
 from ..base import Method, Row, Target, Task
 from ..errors import UsageError
-from ..single_layer import Edit, Layer, Point
+from ..single_layer import Edit, Layer, Point, Step
 from ..targets.base import Chat, Names
 from ._pairs import each, sides
 from ._validation import scorer
 
 Select = Literal["pareto", "importance", "alignment", "random", "all_pareto", "all"]
-FACTORS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
-"""of all steps together, where there are several concepts"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +33,12 @@ class SLUG(Method):
     cross-entropy. Stable Diffusion and LLaVA hold one tower of a CLIP (``clip``), whose gradients are taken; only layers that their
     own tower has and uses are looked at, and alpha is judged by what they draw or answer. LLaVA reads patches, and CLIP's loss the
     pooled token; with ``loss="answers"`` both losses are the cross-entropy of its own answers to the task's question. Several concepts:
-    each gets its own layer and step from the original weights, steps on one tensor add up, and one factor for all is searched at the end.
+    each gets its own layer and step from the original weights, steps on one tensor add up, and are refined together at the end.
 
     Logged: first a row for every layer: ``layer`` (its number), ``tower``, ``importance``, ``alignment``, ``front``; then one for
     every step tried: ``layer``, ``alpha``, ``fa``, ``ta`` (percent, on validation pictures); the last row is what was done, with
-    ``chosen`` (the layer), and the seconds of each stage.
+    ``chosen`` (the layer), and the seconds of each stage; before it, where there are several concepts, a row for each with its
+    ``chosen`` and ``alpha``.
 
     Deviations from the authors' code:
     1. Gradients are means over examples, zeroed between passes, of the retained captions as they are; theirs for Stable Diffusion and
@@ -50,6 +49,7 @@ class SLUG(Method):
     4. Forgetting is judged on a validation split, not on what is reported; and a step that costs more than ``tolerance`` is flagged.
     5. Batches of 128 in the contrastive loss; in batches of 16 it is almost zero for a trained CLIP.
     6. Layers that the deployed model does not use are no candidates; theirs can choose one, and the edit is lost.
+    7. Several concepts' steps get one factor for all, then each another length or layer (``rounds``); theirs are added as they are.
     """
 
     needs: ClassVar[type] = Names
@@ -59,6 +59,7 @@ class SLUG(Method):
         "release": {"rule": "deepest", "widen": True, "batch": 16, "tolerance": 100.0},
         "fast": {"top": 2, "at_once": 5, "bracket": 0.05},
         "canvas": {"pairs": 1000, "top": 2, "at_once": 5, "bracket": 0.05, "top_names": 1, "tolerance": 3.0},
+        "pipeline": {"pairs": 1000, "top": 3, "alpha": 0.4, "evaluations": 8, "tolerance": 3.0},
         "llava": {"pairs": 1000, "loss": "answers", "evaluations": 7, "bracket": 0.05, "goal": 5.0, "tolerance": 3.0},
     }
 
@@ -100,6 +101,8 @@ class SLUG(Method):
     """points of utility that forgetting may cost"""
     pictures: int = 48
     """pictures that a pipeline draws for each step tried, and for the forget set when none is given"""
+    rounds: int = config.later(3)
+    """times that each of several concepts' steps is changed by itself, after one factor for all; ends when nothing is gained"""
 
     def __post_init__(self) -> None:
         if self.loss == "answers":
@@ -114,7 +117,7 @@ class SLUG(Method):
             theta, number = at.theta, {n: float(i) for i, n in enumerate(at.theta)}
             r, spent = at.retained(self.batch)  # r_l, kept for the next concept
             spent["retain_seconds"] = perf_counter() - start
-            done: list[tuple[Edit, Point]] = []
+            found: list[list[Step]] = []
             for part in each(task):
                 start = perf_counter()
                 g = saliency.mean(theta, at.source.forgetting, at.forget(part).batches(self.batch))  # g_l
@@ -131,21 +134,29 @@ class SLUG(Method):
                     raise UsageError(
                         f"the model names '{part.concepts[0]}' in {fa:.0f} % of its pictures before any edit; there is nothing to forget"
                     )
-                tried: list[tuple[Edit, Point]] = []
+                tried: list[Step] = []
                 for edit in self.edits(theta, g, layers, front):
-                    for p in self.searched(partial(score.steps, edit)):
-                        tried.append((edit, p))
+                    points = self.searched(partial(score.steps, edit))
+                    tried.append(Step(edit, single_layer.choose(points, goal=self.goal, floor=0.0)[0]))
+                    for p in points:
                         yield {"layer": number[edit.names[0]], "alpha": p.alpha, "fa": p.fa, "ta": p.ta}
-                best, good = single_layer.choose([p for _, p in tried], goal=self.goal, floor=ta - self.tolerance)
-                done.append(next((e, p) for e, p in tried if p is best))
+                best, good = single_layer.choose([s.point for s in tried], goal=self.goal, floor=ta - self.tolerance)
+                found.append(sorted(tried, key=lambda s: s.point is not best))
                 if not good:
                     target.warnings = [*target.warnings, self.doubt(part, best, ta)]
                 spent["search_seconds"] = spent.get("search_seconds", 0.0) + perf_counter() - start
-            c, last = self.joint(target, task, done) if len(done) > 1 else (1.0, done[0][1])
+            done, last = found[0][:1], found[0][0].point
+            if len(found) > 1:
+                start = perf_counter()
+                steps = scorer(target, task, self.top_names, self.pictures).steps
+                done, last = single_layer.joint(found, steps, goal=self.goal, rounds=self.rounds)
+                spent["joint_seconds"] = perf_counter() - start
             for edit, p in done:
-                edit.apply(target.named(), c * p.alpha)
-            end = {"chosen": number[done[-1][0].names[0]], "edited": float(sum(len(e.names) for e, _ in done)), "factor": c}
-            yield {**end, "alpha": done[-1][1].alpha, "fa": last.fa, "ta": last.ta, **spent}
+                edit.apply(target.named(), p.alpha)
+                if len(done) > 1:
+                    yield {"chosen": number[edit.names[0]], "alpha": p.alpha}
+            end = {"chosen": number[done[-1].edit.names[0]], "edited": float(sum(len(s.edit.names) for s in done))}
+            yield {**end, "alpha": done[-1].point.alpha, "fa": last.fa, "ta": last.ta, **spent}
 
     def edits(self, theta: Mapping[str, Any], g: Mapping[str, Any], layers: list[Layer], front: list[Layer]) -> list[Edit]:
         """The steps that are searched, each along its layer's gradient."""
@@ -170,16 +181,6 @@ class SLUG(Method):
         """Every step tried with one layer."""
         how: dict[str, Any] = {"first": self.alpha, "evaluations": self.evaluations, "at_once": self.at_once}
         return single_layer.search(score, goal=self.goal, bracket=self.bracket, **how)
-
-    def joint(self, target: Target, task: Task, done: list[tuple[Edit, Point]]) -> tuple[float, Point]:
-        """The factor for all steps together, and what it does to all concepts: the one that forgets them and keeps most."""
-        units: dict[str, Any] = {}
-        for edit, p in done:
-            for n, u in edit.units.items():
-                units[n] = units.get(n, 0) + p.alpha * u
-        points = scorer(target, task, self.top_names, self.pictures).steps(Edit(units), FACTORS)
-        best, _ = single_layer.choose(points, goal=self.goal, floor=0.0)
-        return best.alpha, best
 
     def doubt(self, task: Task, p: Point, ta: float) -> str:
         """What the run record says of a step that forgets too little or costs too much."""
