@@ -18,6 +18,7 @@ from unlearners.zoo.canvas.world import MASCOTS, OBJECTS, STYLES
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "canvas_first" / "results.csv"
 FURTHER = ("cifar10_random10", "cifar10_class", "canvas_ddpm", "canvas_clip")
+ATTACKS = "canvas_attacks"
 README = ROOT / "README.md"
 START, END = "<!-- results -->", "<!-- end -->"
 METRICS = {"ua": "UA ↑", "ira": "IRA ↑", "cra": "CRA ↑", "asr/unlearndiffatk": "ASR ↓"}
@@ -55,10 +56,9 @@ def table(path: Path = RESULTS) -> str:
     One row for each kind of concept and method: the mean over tasks and seeds, with the lowest and highest. Methods whose label holds a
     setting in brackets are points of a frontier (``sweep`` in the grid) and are left out.
     """
-    if not path.is_file():
+    rows = measured(path.parent.name, path.parent.parent)
+    if not rows:
         return ""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if "[" not in r["method"]]
     lines = [f"| forgotten | method | {' | '.join(METRICS.values())} |", f"|---|---|{'---|' * len(METRICS)}"]
     for group, concepts in GROUPS.items():
         mine = [r for r in rows if r["task"].partition("/")[2] in concepts]
@@ -76,13 +76,19 @@ def table(path: Path = RESULTS) -> str:
     return "\n".join([*lines, "", note])
 
 
-def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
-    """The table of a grid, method by method: the mean over tasks and seeds of each number that was measured. "" without its CSV."""
+def measured(grid: str, folder: Path) -> list[dict[str, str]]:
+    """The rows of a grid's CSV but for the points of a frontier; none without the file."""
     path = folder / grid / "results.csv"
     if not path.is_file():
-        return ""
+        return []
     with path.open(encoding="utf-8", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if "[" not in r["method"]]
+        return [r for r in csv.DictReader(file) if "[" not in r["method"]]
+
+
+def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
+    """The table of a grid, method by method: the mean over tasks and seeds of each number that was measured. "" without its CSV."""
+    if not (rows := measured(grid, folder)):
+        return ""
     shown = {m: title for m, title in NUMBERS.items() if any(r["metric"] == m for r in rows)}
     lines = [f"| method | {' | '.join(shown.values())} |", f"|---|{'---|' * len(shown)}"]
     for method in sorted(dict.fromkeys(r["method"] for r in rows), key=lambda m: (m != "original", m != "retrain")):
@@ -100,11 +106,8 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
 
     Methods of which none of them was measured are left out.
     """
-    path = folder / grid / "results.csv"
-    if not path.is_file():
+    if not (rows := measured(grid, folder)):
         return ""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [r for r in csv.DictReader(file) if "[" not in r["method"]]
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     found: dict[tuple[str, str, str], list[float]] = {}
     for r in rows:
@@ -126,13 +129,31 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
     return "\n".join([*lines, "", note + f"Intervals, n, all other numbers and the claims: `bench/results/{grid}`."])
 
 
-def cell(rows: Sequence[Row]) -> str:
+def by_attack(grid: str, folder: Path = RESULTS.parent.parent) -> str:
+    """The table of a grid of attacks: a row for each, a column for each method, success rates task by task. "" without its CSV."""
+    if not (rows := measured(grid, folder)):
+        return ""
+    tasks, methods = (list(dict.fromkeys(r[k] for r in rows)) for k in ("task", "method"))
+    attacks = list(dict.fromkeys(r["metric"].partition("/")[2] for r in rows if r["metric"].startswith("asr/")))
+
+    def rate(metric: str, method: str) -> str:
+        return " / ".join(cell([r for r in rows if (r["metric"], r["method"], r["task"]) == (metric, method, t)], 0) for t in tasks)
+
+    lines = [f"| attack | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
+    for name, metric in (("none", f"pre_asr/{attacks[0]}"), *((a, f"asr/{a}") for a in attacks)):
+        lines.append(f"| {name} | {' | '.join(rate(metric, m) for m in methods)} |")
+    said, n = " / ".join(t.partition("/")[2] for t in tasks), min(int(r["n"]) for r in rows if r["metric"].startswith("asr/"))
+    note = f"Cells: ASR ↓ of {said}, in percent of {n} prompts, those included that show the concept without an attack. "
+    return "\n".join([*lines, "", note + f"Queries, intervals and the claims: `bench/results/{grid}`."])
+
+
+def cell(rows: Sequence[Row], digits: int = 1) -> str:
     """Mean, lowest and highest of the rows' values; a dash when nothing was measured."""
     values = [float(r["value"]) for r in rows if r["value"]]
     if not values:
         return "–"
     low, high, mean = min(values), max(values), sum(values) / len(values)
-    return f"{mean:.1f}" + (f" ({low:.1f}–{high:.1f})" if high > low else "")
+    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if high > low else "")
 
 
 def written(text: str, content: str, start: str = START) -> str:
@@ -152,6 +173,7 @@ def main(words: Sequence[str]) -> int:
         new = written(new, plain(grid), f"<!-- results: {grid} -->")
     for mark, (grid, metrics) in BY_TASK.items():
         new = written(new, by_task(grid, metrics), f"<!-- results: {mark} -->")
+    new = written(new, by_attack(ATTACKS), f"<!-- results: {ATTACKS} -->")
     if "--check" in words:
         if old != new:
             print("README.md does not say what the CSV files say; run: python docs/tables.py", file=sys.stderr)

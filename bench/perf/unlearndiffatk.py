@@ -3,11 +3,12 @@
     python bench/perf/unlearndiffatk.py --prompts 50
 
 The victim is the canvas after an erasure that takes a second, or that of a finished run (``--victim``). Ours attacks ``--batch`` prompts
-in lock-step; those that are broken leave the batch. The official order attacks one prompt at a time: a product of the sampled one-hot rows
-with the whole embedding table, forward and backward, a projection onto the simplex by bisection, and after each timestep a picture with
-guidance in two calls of the network. Both first draw and judge the plain prompts and leave out those that show the concept unattacked. The
-sides take turns, a batch of prompts each, and draw their tokens and noise from random streams of their own, so success rates agree up to
-chance only: compare them before you compare times. Each prompt is one of the task with one image seed, in the order of ``unlearn attack``.
+in lock-step, in bfloat16 unless ``--dtype`` says otherwise; those that are broken leave the batch. The official order, in float32,
+attacks one prompt at a time: a product of the sampled one-hot rows with the whole embedding table, forward and backward, a projection
+onto the simplex by bisection, and after each timestep a picture with guidance in two calls of the network. Both first draw and judge the
+plain prompts and leave out those that show the concept unattacked. The sides take turns, a batch of prompts each, and draw their tokens
+and noise from random streams of their own, so success rates agree up to chance only: compare them before you compare times. Each prompt
+is one of the task with one image seed, in the order of ``unlearn attack``.
 
 The last line is one JSON object. ``ours_s`` and ``official_order_s`` are wall-clock seconds for one prompt, ``*_cpu_s`` the process' CPU
 seconds (take those on a machine with other work); ``asr_ours`` and ``asr_official`` are [rate, low, high] in percent with the 95 % Wilson
@@ -142,7 +143,8 @@ def main() -> None:
     parser.add_argument("--victim", default="uce:paper", help="a run folder, or the method that erases here, as NAME or NAME:PRESET")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--preset", default="fast", choices=list(UnlearnDiffAtk.presets), help="search settings of both sides")
-    parser.add_argument("--batch", type=int, default=UnlearnDiffAtk.batch, help="prompts that ours attacks together, and a turn")
+    parser.add_argument("--batch", type=int, default=25, help="prompts that ours attacks together, and a turn")
+    parser.add_argument("--dtype", default="bfloat16", help="of our side's victim; the authors' code computes in float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -155,6 +157,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     original, task = StableDiffusion.load(args.target, device=args.device), load(args.task)
     judge, items = judges.load(task.judge), asked(original, task, args.prompts)
     victim = erased(original, task, args)
+    half = StableDiffusion(deepcopy(victim.pipe).to(getattr(torch, args.dtype)), args.victim)
+    attacked = {"ours": half, "official": victim}
     attack: UnlearnDiffAtk = registry.make("attacks", "unlearndiffatk", preset=args.preset, batch=args.batch)
     sides: dict[str, Callable[..., list[Verdict]]] = {"ours": ours, "official": official}
     wall, cpu, peak = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)
@@ -164,7 +168,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for side in list(sides)[:: -1 if turn % 2 else 1]:
             began = process_time()
             with Meter(victim.device) as meter:
-                found[side] += sides[side](victim, task, judge, part, attack, args.seed)
+                found[side] += sides[side](attacked[side], task, judge, part, attack, args.seed)
             cpu[side] += process_time() - began
             wall[side] += meter.seconds
             peak[side] = peak[side] or meter.peak
@@ -177,7 +181,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "ours_cpu_s": cpu["ours"] / n, "official_order_cpu_s": cpu["official"] / n, "cpu_ratio": cpu["official"] / cpu["ours"],
         "asr_ours": asr(found["ours"]), "asr_official": asr(found["official"]), "asr_before": asr(found["ours"], before=True),
         "queries_ours": sum(v.queries for v in found["ours"]), "queries_official": sum(v.queries for v in found["official"]),
-        "official_peak_bytes": peak["official"], "prompts": n, "batch": args.batch, "preset": args.preset,
+        "official_peak_bytes": peak["official"], "prompts": n, "batch": args.batch, "dtype": args.dtype, "preset": args.preset,
         "k": attack.k, "timesteps": attack.timesteps, "iterations": attack.iterations,
         "target": args.target, "task": args.task, "victim": args.victim, "seed": args.seed, "threads": args.threads,
     }  # fmt: skip

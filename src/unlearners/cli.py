@@ -79,7 +79,7 @@ def _parse(word: str, words: list[str], *, quiet: bool) -> tuple[Any, Any]:
     if name:
         own = {f.name for f in dataclasses.fields(cls)}
         file = _value(words, "config") if "config" in own else ""
-        start = verbs.start(cls.kind, name, _value(words, "preset") if "preset" in own else "", config.load_yaml(file) if file else {})
+        start = verbs.base.start(cls.kind, name, _value(words, "preset") if "preset" in own else "", config.load_yaml(file) if file else {})
         clash = own & {f.name for f in dataclasses.fields(start)}
         if clash and clash <= YIELDING:
             command, clash = Annotated[_yielding(cls, clash), FlagCreatePairsOff, DisallowNone, PositionalMetavarFromFieldName], set()

@@ -51,7 +51,7 @@ STANDS_FOR = {
 }  # fmt: skip
 """a model or architecture the documentation names that is not here, or takes long: what is used in its place"""
 CANVAS = ("canvas", *data.CANVAS)
-CUT = {**verbs.CUT, "renders": 64, "refresh": 2}
+CUT = {**verbs.base.CUT, "renders": 64, "refresh": 2}
 """what budgets are lowered to; the names are fields of methods, attacks and metrics"""
 
 
