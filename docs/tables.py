@@ -104,7 +104,7 @@ def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
 def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESULTS.parent.parent) -> str:
     """The table of a grid with several tasks: a column for each with all ``metrics``, means over seeds. "" without its CSV.
 
-    Methods of which none of them was measured are left out.
+    Methods of which none of them was measured are left out, and so are the originals of other targets than the grid's.
     """
     if not (rows := measured(grid, folder)):
         return ""
@@ -119,7 +119,10 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
         return f"{sum(values) / len(values):.{digits}f}" if values else "–"
 
     lines = [f"| method | {' | '.join(t.partition('/')[2] for t in tasks)} | seconds |", f"|---|{'---|' * len(tasks)}---|"]
-    for method in sorted(dict.fromkeys(r["method"] for r in rows if r["metric"] in metrics), key=lambda m: m != "original"):
+    for method in sorted(
+        dict.fromkeys(r["method"] for r in rows if r["metric"] in metrics and not r["method"].startswith("original ")),
+        key=lambda m: m != "original",
+    ):
         cells = [" / ".join(mean(method, t, m) for m in metrics) for t in tasks]
         shown = [c if c.strip("–/ ") else "–" for c in cells]
         spent = [v for t in tasks for v in found.get((method, t, "cost/seconds"), [])]
