@@ -56,8 +56,7 @@ def table(path: Path = RESULTS) -> str:
     One row for each kind of concept and method: the mean over tasks and seeds, with the lowest and highest. Methods whose label holds a
     setting in brackets are points of a frontier (``sweep`` in the grid) and are left out.
     """
-    rows = measured(path.parent.name, path.parent.parent)
-    if not rows:
+    if not (rows := measured(path)):
         return ""
     lines = [f"| forgotten | method | {' | '.join(METRICS.values())} |", f"|---|---|{'---|' * len(METRICS)}"]
     for group, concepts in GROUPS.items():
@@ -76,9 +75,8 @@ def table(path: Path = RESULTS) -> str:
     return "\n".join([*lines, "", note])
 
 
-def measured(grid: str, folder: Path) -> list[dict[str, str]]:
-    """The rows of a grid's CSV but for the points of a frontier; none without the file."""
-    path = folder / grid / "results.csv"
+def measured(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV but for the points of a frontier; none without the file."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -87,7 +85,7 @@ def measured(grid: str, folder: Path) -> list[dict[str, str]]:
 
 def plain(grid: str, folder: Path = RESULTS.parent.parent) -> str:
     """The table of a grid, method by method: the mean over tasks and seeds of each number that was measured. "" without its CSV."""
-    if not (rows := measured(grid, folder)):
+    if not (rows := measured(folder / grid / "results.csv")):
         return ""
     shown = {m: title for m, title in NUMBERS.items() if any(r["metric"] == m for r in rows)}
     lines = [f"| method | {' | '.join(shown.values())} |", f"|---|{'---|' * len(shown)}"]
@@ -106,7 +104,7 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
 
     Methods of which none of them was measured are left out, and so are the originals of other targets than the grid's.
     """
-    if not (rows := measured(grid, folder)):
+    if not (rows := measured(folder / grid / "results.csv")):
         return ""
     tasks = list(dict.fromkeys(r["task"] for r in rows))
     found: dict[tuple[str, str, str], list[float]] = {}
@@ -134,7 +132,7 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
 
 def by_attack(grid: str, folder: Path = RESULTS.parent.parent) -> str:
     """The table of a grid of attacks: a row for each, a column for each method, success rates task by task. "" without its CSV."""
-    if not (rows := measured(grid, folder)):
+    if not (rows := measured(folder / grid / "results.csv")):
         return ""
     tasks, methods = (list(dict.fromkeys(r[k] for r in rows)) for k in ("task", "method"))
     attacks = list(dict.fromkeys(r["metric"].partition("/")[2] for r in rows if r["metric"].startswith("asr/")))

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from . import config
 from . import patch as patching
 from .diffusion import Guide, batches
-from .errors import NonFiniteError, UsageError
+from .errors import NonFiniteError, UsageError, misfit
 from .sandbox import roomy, sandbox
 
 Row = dict[str, float]
@@ -292,7 +292,7 @@ class Method(ABC):
 def require(part: Any, target: Target) -> None:
     """Refuse a target of a family that ``part`` cannot serve."""
     if not isinstance(target, part.needs):
-        raise UsageError(f"{kebab(part)} needs a {part.needs.__name__}, and this target is a {type(target).__name__}; see 'unlearn show'")
+        raise misfit(kebab(part), part.needs, type(target))
 
 
 def kebab(part: Any) -> str:

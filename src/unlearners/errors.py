@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -32,3 +33,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}" if near else f"known: {', '.join(known) or 'none'}"
     return UsageError(f"unknown {kind} '{name}'; {hint}")
+
+
+def misfit(name: str, needs: type, found: type) -> UsageError:
+    """A ``UsageError`` for a model of the wrong family, in the words with which the docstring of ``needs`` begins ("A model that …")."""
+    wanted = re.split("[:.]", str(needs.__doc__))[0]
+    return UsageError(f"{name} needs {wanted[:1].lower() + wanted[1:]}, and this is a {found.__name__}; see 'unlearn show {name}'")

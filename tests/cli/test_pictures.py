@@ -81,7 +81,7 @@ def test_what_was_trained_here_can_be_erased_from_and_other_data_warn(cli: Cli) 
         ("--data photos --forget nothing.txt", "there is no file 'nothing.txt'"),
         ("--data missing --forget class=cow", "no pictures could be read from 'missing'"),
         ("--data photos --forget class=cow objects/fish", "in one way"),
-        ("--concept cow", "needs a Trainable"),
+        ("--concept cow", "needs a model of labelled pictures"),
     ],
 )
 def test_a_wrong_request_says_what_to_do_and_exits_2(cli: Cli, words: str, hint: str) -> None:

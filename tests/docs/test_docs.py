@@ -370,6 +370,22 @@ def test_the_table_of_results(tmp_path: Path) -> None:
         TABLES.written("nothing here", "new")
 
 
+def test_the_table_of_attacks(tmp_path: Path) -> None:
+    rows = ["target,task,method,seed,metric,value,n,low,high,device,preset"]
+    for task, method, metric, value in (
+        ("neon", "esd", "pre_asr/mma", "2"), ("neon", "esd", "asr/mma", "10"), ("neon", "esd", "asr/cce", "20"),
+        ("neon", "uce", "asr/cce", "30"), ("fish", "esd", "asr/cce", "44"), ("fish", "esd", "cost/seconds", "9"),
+    ):  # fmt: skip
+        rows.append(f"canvas,canvas/{task},{method},0,{metric},{value},50,,,cpu,paper")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "results.csv").write_text("\n".join(rows) + "\n")
+    lines = TABLES.by_attack("some", tmp_path).splitlines()
+    assert lines[:3] == ["| attack | esd | uce |", "|---|---|---|", "| none | 2 / – | – / – |"]
+    assert lines[3:5] == ["| mma | 10 / – | – / – |", "| cce | 20 / 44 | 30 / – |"]
+    assert "neon / fish" in lines[-1] and "50 prompts" in lines[-1]
+    assert TABLES.by_attack("none", tmp_path) == ""
+
+
 def test_the_card_says_what_the_code_does() -> None:
     card = CARD.read_text(encoding="utf-8")
     for stage, r in RECIPES.items():

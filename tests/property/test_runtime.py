@@ -207,7 +207,7 @@ def test_a_second_guide_is_refused(sd: Callable[..., Any]) -> None:
 
 
 def test_they_are_for_text_to_image() -> None:
-    with pytest.raises(UsageError, match="needs a TextToImage"):
+    with pytest.raises(UsageError, match="needs a text-to-image pipeline"):
         STRONG(DDPM.tiny(), TASK)
 
 

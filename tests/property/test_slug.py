@@ -214,7 +214,7 @@ def test_a_model_that_answers_can_give_the_gradients_of_what_it_says() -> None:
     assert any(not torch.equal(own[n], asked[n]) for n in own), "gradients of another question are not taken from the cache"
     by_clip = sides(clip, task, "tiny-clip", ".*", norms=False, pictures=4, pairs=8)
     assert isinstance(by_clip.source, CLIP)
-    with pytest.raises(UsageError, match="needs a Chat"):
+    with pytest.raises(UsageError, match="needs a model that answers questions"):
         SLUG(loss="answers")(*named())
 
 

@@ -84,7 +84,7 @@ def tiny_tokenizer(folder: Path) -> Any:
 
 
 class Learner(Target):
-    """A target that can be taught from examples: right ones by ``loss``, wrong ones by ``loss`` of ``relabel``."""
+    """A model that can be taught from examples: right ones by ``loss``, wrong ones by ``loss`` of ``relabel``."""
 
     @abstractmethod
     def open(self, data: Data) -> Examples | Latents:
@@ -112,7 +112,7 @@ class Learner(Target):
 
 
 class Trainable(Learner):
-    """A target that reads labelled pictures: classifiers and class-conditional diffusion."""
+    """A model of labelled pictures: a classifier or class-conditional diffusion."""
 
     classes: tuple[str, ...]
     """the names of its classes, in order"""
@@ -212,7 +212,7 @@ def ddim(target: Denoiser) -> Any:
 
 
 class TextToImage(Denoiser, Names):
-    """A denoiser conditioned on text."""
+    """A text-to-image pipeline such as Stable Diffusion: a denoiser conditioned on text."""
 
     special: set[int]
     """ids of start, end and padding tokens"""
@@ -253,7 +253,7 @@ class TextToImage(Denoiser, Names):
 
 
 class DualEncoder(Learner, Recogniser):
-    """Pictures and texts in one space: CLIP and its kin."""
+    """A model of pictures and texts in one space: CLIP and its kin."""
 
     side: int
     """height and width of its pictures"""
@@ -277,7 +277,7 @@ class DualEncoder(Learner, Recogniser):
 
 
 class Chat(Names):
-    """A model that answers questions about a picture."""
+    """A model that answers questions about a picture, such as LLaVA."""
 
     side: int
     """height and width of its pictures"""

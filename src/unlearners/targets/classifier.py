@@ -25,7 +25,10 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class Classifier(Trainable, Recogniser):
-    """A network from pictures (B, 3, side, side) in [0, 1] to logits (B, K). Normalisation with ``mean`` and ``std`` is done inside."""
+    """An image classifier: a network from pictures (B, 3, side, side) in [0, 1] to logits (B, K).
+
+    Normalisation with ``mean`` and ``std`` is done inside.
+    """
 
     aliases: ClassVar[Mapping[str, str]] = {"canvas-classifier": str(canvas.FOLDER / "classifier"), "tiny-classifier": ""}
     groups: ClassVar[Mapping[str, str]] = {"full": r"net\.", "head": "", "body": ""}  # the last two depend on the head's name
