@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+MANY = 30
+"""known names that are listed where none is near"""
+
 
 class UnlearnError(Exception):
     """A failure the user can act on. The message is one sentence; ``exit_code`` is what the command line returns."""
@@ -31,7 +34,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """A ``UsageError`` for an unknown name, with the nearest known ones."""
     known = sorted(known)
     near = get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}" if near else f"known: {', '.join(known) or 'none'}"
+    shown = ", ".join(known[:MANY]) + (f" and {len(known) - MANY} more" if len(known) > MANY else "")
+    hint = f"did you mean {' or '.join(near)}" if near else f"known: {shown or 'none'}"
     return UsageError(f"unknown {kind} '{name}'; {hint}")
 
 

@@ -25,10 +25,11 @@ import yaml
 from rich.console import Console
 
 from unlearners import config, run, tables
-from unlearners.bench import Check, bench, cells, edges, read
+from unlearners.bench import bench, edges
 from unlearners.board import Board, clock
 from unlearners.errors import UnlearnError, UsageError
 from unlearners.files import turn
+from unlearners.grids import Check, cells, read
 from unlearners.tables import Published, compare, doubts
 from unlearners.targets import read_run
 from unlearners.targets.classifier import Classifier

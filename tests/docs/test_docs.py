@@ -29,7 +29,7 @@ from PIL import Image
 
 from unlearners import cli, config, data, registry, run, tasks, verbs
 from unlearners.base import Data, Probe, Task
-from unlearners.bench import Grid
+from unlearners.grids import Grid
 from unlearners.methods.retrain import Retrain
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.zoo.canvas import FOLDER

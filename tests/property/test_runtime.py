@@ -15,7 +15,7 @@ from unlearners import targets
 from unlearners.attacks.random_tokens import RandomTokens
 from unlearners.base import Task
 from unlearners.errors import RefusedError, UsageError
-from unlearners.exports import export
+from unlearners.exports import export, left_behind
 from unlearners.flags import flags
 from unlearners.methods.esd import ESD
 from unlearners.methods.negative_prompt import NegativePrompt
@@ -264,6 +264,7 @@ def test_runs_on_top_and_below(tmp_path: Path) -> None:
     assert not any(torch.equal(pictures[above], pictures[f]) for f in (guarded, bare))
     assert models[bare].guide is None
     assert read_run(above)["guide"] == "sld" and read_run(bare)["guide"] == ""
+    assert "sld acts while pictures are drawn" in left_behind(above) and not left_behind(bare)
     assert len(flags(above)) == 1 and "bypassed" in flags(above)[0]
     originals = [_original_folder(f, read_run(f)) for f in (guarded, above, bare, below)]
     assert originals[0] == originals[2] and len(set(originals)) == 3  # bare; guarded; ESD's

@@ -43,6 +43,7 @@ LAYERS = (
     {"run"},
     {"train", "adopt"},
     {"workers", "board", "tables"},
+    {"grids"},
     {"bench", "report", "report_attacks", "report_commands", "report_pictures", "report_tables"}
     | {"exports", "app", "patches", "demo", "flags", "plots", "testing"},
     {"listing"},

@@ -41,3 +41,13 @@ def export(format: str | Export, folder: str | Path, out: str | Path = "", **fie
     where = Path(out) if out else Path(folder) / "export" / type(chosen).__module__.rpartition(".")[2]
     where.parent.mkdir(parents=True, exist_ok=True)
     return chosen.run(Path(folder), where)
+
+
+def left_behind(folder: str | Path) -> str:
+    """What of a finished run no exported file can hold, in one sentence; "" where nothing is lost."""
+    from ..targets import read_run
+
+    guide = read_run(folder).get("guide")
+    if not guide:
+        return ""
+    return f"{guide} acts while pictures are drawn and is not in these weights; open the run folder with unlearners.load to keep it"

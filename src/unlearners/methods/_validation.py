@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -81,13 +81,13 @@ class Shown:
     y: Tensor
     """(n,)"""
     forget: bool
-    seen: Tensor
+    seen: Tensor = field(init=False)
     """what the vision tower pools of them (n, W) before any edit"""
-    read: Tensor
+    read: Tensor = field(init=False)
     """what the text tower pools of the names (K F, W)"""
-    V: Tensor
+    V: Tensor = field(init=False)
     """embeddings (n, D) before any edit"""
-    T: Tensor
+    T: Tensor = field(init=False)
     """of the names (K, D)"""
 
 
@@ -116,7 +116,7 @@ class Dual(Scorer):
                 rows = (gone == forget).nonzero().flatten()
                 if len(rows):
                     x, y = found.raw(rows)
-                    out.append(Shown(x, names, y.cpu(), forget, x, x, x, x))
+                    out.append(Shown(x, names, y.cpu(), forget))
         return out
 
     def _paired(self, task: Task) -> list[Shown]:
@@ -131,8 +131,8 @@ class Dual(Scorer):
         x_f, x_r = forget.raw(gone)[0], retain.raw(rows)[0]
         own = torch.tensor([texts.index(retain.texts[i]) for i in rows.tolist()])
         return [
-            Shown(x_f, [*said, *known], torch.tensor(which), True, x_f, x_f, x_f, x_f),
-            Shown(x_r, known, own, False, x_r, x_r, x_r, x_r),
+            Shown(x_f, [*said, *known], torch.tensor(which), True),
+            Shown(x_r, known, own, False),
         ]
 
     def before(self) -> tuple[float, float]:

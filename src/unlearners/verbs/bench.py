@@ -40,7 +40,8 @@ class Bench(Verb):
         from rich.console import Console
 
         from .. import tasks
-        from ..bench import bench, cells, read
+        from ..bench import bench
+        from ..grids import cells, read
 
         if self.dry_run:
             todo = cells(read(self.grid))

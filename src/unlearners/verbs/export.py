@@ -30,7 +30,7 @@ class Export(Verb):
     """where to write; export/FORMAT in the run folder when left out"""
 
     def do(self, part: Any) -> Result:
-        from ..exports import export
+        from ..exports import export, left_behind
 
         out = self.out or self.folder / "export" / self.format
         if self.dry_run:
@@ -38,7 +38,8 @@ class Export(Verb):
                 export(part, folder)
             return {"dry_run": True, "out": str(out)}
         path = export(part, self.folder, out)
-        return {"out": str(path), **part.about(path)}
+        lost = left_behind(self.folder)
+        return {"out": str(path), **part.about(path), **({"warning": lost} if lost else {})}
 
     def say(self, result: Result) -> None:
         for name, value in result.items():
