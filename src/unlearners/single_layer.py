@@ -186,7 +186,7 @@ def joint(
 ) -> tuple[list[Step], Point]:
     """One step for each of several concepts, and what all do together: steps that forget every concept and keep most.
 
-    ``found`` are each concept's steps that forget it alone, the best first; steps on one tensor add up. The best ones get one factor
+    ``found`` are the steps found for each concept alone, the best first; steps on one tensor add up. The best ones get one factor
     for all; then, up to ``rounds`` times, each by itself gets another length or another layer, as long as that forgets more or keeps more.
     """
 

@@ -230,7 +230,8 @@ def test_several_concepts_are_edited_apart_and_then_together() -> None:
     parts = each(both)
     assert [p.concepts for p in parts] == [("a",), ("b",)] and [p.forget.rows for p in parts] == ["class=a", "class=b"]
     rows: list[dict[str, float]] = []
-    quick(SLUG())(target, both, seed=0, log=rows.append)
+    edited = quick(SLUG(goal=-1.0))(target, both, seed=0, log=rows.append)
+    assert sum("no step forgot" in w for w in edited.warnings) == 3 and "no step forgot a, b at" in edited.warnings[-1]
     assert rows[-1]["edited"] == 2 and all(r["alpha"] > 0 and "chosen" in r for r in rows[-3:])
     with pytest.raises(UsageError, match="2 concepts need as many"):
         each(replace(both, forget=Data(source="tiny", rows="class=a")))

@@ -147,9 +147,12 @@ class SLUG(Method):
                 spent["search_seconds"] = spent.get("search_seconds", 0.0) + perf_counter() - start
             done, last = found[0][:1], found[0][0].point
             if len(found) > 1:
-                start = perf_counter()
-                steps = scorer(target, task, self.top_names, self.pictures).steps
-                done, last = single_layer.joint(found, steps, goal=self.goal, rounds=self.rounds)
+                start, score = perf_counter(), scorer(target, task, self.top_names, self.pictures)
+                with torch.no_grad():
+                    _, ta = score.before()
+                done, last = single_layer.joint(found, score.steps, goal=self.goal, rounds=self.rounds)
+                if last.fa > self.goal or last.ta < ta - self.tolerance:
+                    target.warnings = [*target.warnings, self.doubt(task, last, ta)]
                 spent["joint_seconds"] = perf_counter() - start
             for edit, p in done:
                 edit.apply(target.named(), p.alpha)
@@ -185,6 +188,6 @@ class SLUG(Method):
     def doubt(self, task: Task, p: Point, ta: float) -> str:
         """What the run record says of a step that forgets too little or costs too much."""
         return (
-            f"no step forgot '{task.concepts[0]}' at a cost of at most {self.tolerance:g} points: the best leaves a forget accuracy of "
-            f"{p.fa:.0f} % and takes utility from {ta:.1f} to {p.ta:.1f} %; try a higher top, evaluations or tolerance"
+            f"no step forgot {', '.join(task.concepts)} at a cost of at most {self.tolerance:g} points: the best leaves a forget "
+            f"accuracy of {p.fa:.0f} % and takes utility from {ta:.1f} to {p.ta:.1f} %; try a higher top, evaluations or tolerance"
         )
