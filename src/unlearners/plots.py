@@ -94,33 +94,42 @@ def body_parts(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def fronts(log: Sequence[Mapping[str, Any]], name: str) -> str:
-    """SLUG's layers, a plot for each tower: importance over alignment on logarithmic axes, the front joined, the chosen layer ringed; ""
-    for other logs."""
+    """SLUG's layers, a plot for each tower: importance over alignment on logarithmic axes, each concept's front joined, its chosen layer
+    ringed; "" for other logs."""
     layers = [row for row in log if "importance" in row]
     if not layers:
         return ""
-    chosen = {row["chosen"] for row in log if "chosen" in row}
+    chosen = {row.get("concept"): row["chosen"] for row in log if "chosen" in row}
     towers = sorted({row["tower"] for row in layers})
     figure, axes = canvas(len(towers))
+
+    def placed(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+        return [max(number(row["alignment"]), 1e-6) for row in rows], [number(row["importance"]) for row in rows]
+
     for axis, tower in zip(axes, towers, strict=True):
-        own = [row for row in layers if row["tower"] == tower]
-        front = sorted((row for row in own if row["front"]), key=lambda row: number(row["alignment"]))
-        for rows, colour, size in ((own, INK, 14), (front, COLOURS[1], 26)):
-            at = [max(number(row["alignment"]), 1e-6) for row in rows], [number(row["importance"]) for row in rows]
-            axis.scatter(*at, s=size, color=colour, alpha=0.45 if rows is own else 1.0)
-        axis.plot(
-            [max(number(row["alignment"]), 1e-6) for row in front], [number(row["importance"]) for row in front], color=COLOURS[1], lw=1
-        )
-        for row in own:
-            if row["layer"] in chosen:
-                at_ = max(number(row["alignment"]), 1e-6), number(row["importance"])
-                axis.scatter([at_[0]], [at_[1]], s=130, facecolors="none", edgecolors=COLOURS[0], linewidths=1.8)
+        for i, concept in enumerate(dict.fromkeys(row.get("concept") for row in layers)):
+            own = [row for row in layers if row["tower"] == tower and row.get("concept") == concept]
+            front = sorted((row for row in own if row["front"]), key=lambda row: number(row["alignment"]))
+            taken = [row for row in own if row["layer"] == chosen.get(concept, chosen.get(None))]
+            colour = COLOURS[1 + i % (len(COLOURS) - 1)]
+            axis.scatter(*placed(own), s=14, color=INK, alpha=0.45)
+            axis.scatter(*placed(front), s=26, color=colour)
+            axis.plot(*placed(front), color=colour, lw=1)
+            axis.scatter(*placed(taken), s=130, facecolors="none", edgecolors=COLOURS[0], linewidths=1.8)
         axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_xlim(*decade(*axis.get_xlim()))
+        axis.set_ylim(*decade(*axis.get_ylim()))
         axis.set_xlabel("alignment |cos(g, r)|", fontsize=9)
         axis.set_ylabel("importance |g| / |θ|", fontsize=9)
         axis.set_title(f"tower {int(tower) + 1}", fontsize=10, color=INK)
     return svg(figure, name, "importance and alignment of every layer")
+
+
+def decade(low: float, high: float) -> tuple[float, float]:
+    """The ends of a logarithmic axis, far enough apart that only powers of ten need a label."""
+    more = max(1.0, (30 * low / high) ** 0.5)
+    return low / more, high * more
 
 
 def steps(log: Sequence[Mapping[str, Any]], name: str) -> str:
@@ -130,11 +139,14 @@ def steps(log: Sequence[Mapping[str, Any]], name: str) -> str:
     if not tried:
         return ""
     figure, (left, right) = canvas(2)
-    for i, layer in enumerate(dict.fromkeys(row["layer"] for row in tried)):
-        rows = sorted((row for row in tried if row["layer"] == layer), key=lambda row: number(row["alpha"]))
+    searched = dict.fromkeys((row.get("concept"), row["layer"]) for row in tried)
+    several = len({concept for concept, _ in searched}) > 1
+    for i, (concept, layer) in enumerate(searched):
+        own = [row for row in tried if (row.get("concept"), row["layer"]) == (concept, layer)]
+        rows, of = sorted(own, key=lambda row: number(row["alpha"])), f", name {int(concept or 0) + 1}" if several else ""
         for axis, key in ((left, "fa"), (right, "ta")):
             points = [number(row["alpha"]) for row in rows], [number(row[key]) for row in rows]
-            axis.plot(*points, marker="o", ms=2.5, lw=1.3, color=COLOURS[i % len(COLOURS)], label=f"layer {int(layer)}")
+            axis.plot(*points, marker="o", ms=2.5, lw=1.3, color=COLOURS[i % len(COLOURS)], label=f"layer {int(layer)}{of}")
     for axis, title in ((left, "forget accuracy, %"), (right, "utility, %")):
         for row in log:
             if "chosen" in row:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unlearners import patch, saliency, single_layer, tasks
+from unlearners import patch, plots, saliency, single_layer, tasks
 from unlearners.base import Data, Task
 from unlearners.errors import UsageError
 from unlearners.methods._pairs import each, sides
@@ -233,6 +233,9 @@ def test_several_concepts_are_edited_apart_and_then_together() -> None:
     edited = quick(SLUG(goal=-1.0))(target, both, seed=0, log=rows.append)
     assert sum("no step forgot" in w for w in edited.warnings) == 3 and "no step forgot a, b at" in edited.warnings[-1]
     assert rows[-1]["edited"] == 2 and all(r["alpha"] > 0 and "chosen" in r for r in rows[-3:])
+    assert {r["concept"] for r in rows[:-1]} == {0.0, 1.0}
+    as_one = [{k: v for k, v in r.items() if k != "concept"} for r in rows]
+    assert all(draw(rows, "a") != draw(as_one, "a") for draw in (plots.fronts, plots.steps))
     with pytest.raises(UsageError, match="2 concepts need as many"):
         each(replace(both, forget=Data(source="tiny", rows="class=a")))
 

@@ -35,10 +35,10 @@ class SLUG(Method):
     pooled token; with ``loss="answers"`` both losses are the cross-entropy of its own answers to the task's question. Several concepts:
     each gets its own layer and step from the original weights, steps on one tensor add up, and are refined together at the end.
 
-    Logged: first a row for every layer: ``layer`` (its number), ``tower``, ``importance``, ``alignment``, ``front``; then one for
-    every step tried: ``layer``, ``alpha``, ``fa``, ``ta`` (percent, on validation pictures); the last row is what was done, with
-    ``chosen`` (the layer), and the seconds of each stage; before it, where there are several concepts, a row for each with its
-    ``chosen`` and ``alpha``.
+    Logged: for each concept (``concept``, its number) first a row for every layer: ``layer`` (its number), ``tower``, ``importance``,
+    ``alignment``, ``front``; then one for every step tried: ``layer``, ``alpha``, ``fa``, ``ta`` (percent, on validation pictures); the
+    last row is what was done, with ``chosen`` (the layer), and the seconds of each stage; before it, where there are several concepts, a
+    row for each with its ``chosen`` and ``alpha``.
 
     Deviations from the authors' code:
     1. Gradients are means over examples, zeroed between passes, of the retained captions as they are; theirs for Stable Diffusion and
@@ -118,15 +118,15 @@ class SLUG(Method):
             r, spent = at.retained(self.batch)  # r_l, kept for the next concept
             spent["retain_seconds"] = perf_counter() - start
             found: list[list[Step]] = []
-            for part in each(task):
+            for i, part in enumerate(each(task)):
                 start = perf_counter()
                 g = saliency.mean(theta, at.source.forgetting, at.forget(part).batches(self.batch))  # g_l
                 layers = single_layer.layers(theta, g, r, signed=self.signed)
                 front = single_layer.pareto(layers)
                 spent["forget_seconds"] = spent.get("forget_seconds", 0.0) + perf_counter() - start
                 for a in layers:
-                    where = {"layer": number[a.name], "tower": float(at.towers.index(a.tower)), "front": float(a in front)}
-                    yield {**where, "importance": a.importance, "alignment": a.alignment}
+                    where = {"concept": float(i), "layer": number[a.name], "tower": float(at.towers.index(a.tower))}
+                    yield {**where, "front": float(a in front), "importance": a.importance, "alignment": a.alignment}
                 start, score = perf_counter(), scorer(target, part, self.top_names, self.pictures)
                 with torch.no_grad():
                     fa, ta = score.before()
@@ -139,7 +139,7 @@ class SLUG(Method):
                     points = self.searched(partial(score.steps, edit))
                     tried.append(Step(edit, single_layer.choose(points, goal=self.goal, floor=0.0)[0]))
                     for p in points:
-                        yield {"layer": number[edit.names[0]], "alpha": p.alpha, "fa": p.fa, "ta": p.ta}
+                        yield {"concept": float(i), "layer": number[edit.names[0]], "alpha": p.alpha, "fa": p.fa, "ta": p.ta}
                 best, good = single_layer.choose([s.point for s in tried], goal=self.goal, floor=ta - self.tolerance)
                 found.append(sorted(tried, key=lambda s: s.point is not best))
                 if not good:
@@ -154,10 +154,10 @@ class SLUG(Method):
                 if last.fa > self.goal or last.ta < ta - self.tolerance:
                     target.warnings = [*target.warnings, self.doubt(task, last, ta)]
                 spent["joint_seconds"] = perf_counter() - start
-            for edit, p in done:
+            for i, (edit, p) in enumerate(done):
                 edit.apply(target.named(), p.alpha)
                 if len(done) > 1:
-                    yield {"chosen": number[edit.names[0]], "alpha": p.alpha}
+                    yield {"concept": float(i), "chosen": number[edit.names[0]], "alpha": p.alpha}
             end = {"chosen": number[done[-1].edit.names[0]], "edited": float(sum(len(s.edit.names) for s in done))}
             yield {**end, "alpha": done[-1].point.alpha, "fa": last.fa, "ta": last.ta, **spent}
 
