@@ -508,7 +508,7 @@ def test_impossible_weights_are_refused(run: Callable[..., Spy]) -> None:
 
 @pytest.mark.parametrize("name", ["scrub", "boundary_shrink", "boundary_expand"])
 def test_what_needs_logits_refuses_diffusion(name: str) -> None:
-    with pytest.raises(UsageError, match="Classifier"):
+    with pytest.raises(UsageError, match="needs an image classifier"):
         registry.make("methods", name)(DDPM.tiny(), TASK)
 
 
