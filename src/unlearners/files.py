@@ -1,4 +1,4 @@
-"""Files of a run folder: replaced whole or not at all, and written by one process at a time."""
+"""Files: those of a run folder, replaced whole or not at all and written by one process at a time; and quiet while models are read."""
 
 from __future__ import annotations
 
@@ -84,3 +84,21 @@ def write_json(path: Path, data: Any) -> None:
 def sentence(error: BaseException) -> str:
     """The first line of an error, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' bars for reading files, which are over in a second; downloads keep theirs."""
+    import diffusers
+    import transformers
+
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, was in zip(logs, shown, strict=True):
+            if was:
+                log.enable_progress_bar()

@@ -272,3 +272,8 @@ def test_attack_and_evaluate_write_into_the_folder(cli: Cli, folder: Path) -> No
     assert "cost/seconds" in out
     assert out.splitlines()[-1] == f"→ {folder / 'results.json'}"
     assert "ua" in {r["metric"] for r in json.loads((folder / "results.json").read_text())}
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "unlearners", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("unlearn ")

@@ -49,6 +49,7 @@ LAYERS = (
     {"listing"},
     {"verbs"},
     {"cli"},
+    {"__main__"},
 )
 SIBLINGS = {"targets", "tasks", "judges", "attacks", "metrics", "methods", "exports"}
 # Checks what the zoo ships by loading it as users do, so it stands above everything, though it lies beside the recipes.

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UnlearnError
+from ..files import quiet
 from ..zoo import canvas
 
 
@@ -21,8 +22,9 @@ def load_clip(name: str) -> tuple[Any, Any]:
 
     source = str(canvas.FOLDER / "clip") if name == "canvas" else name
     try:
-        model: Any = CLIPModel.from_pretrained(source)
-        processor: Any = CLIPProcessor.from_pretrained(source)
+        with quiet():
+            model: Any = CLIPModel.from_pretrained(source)
+            processor: Any = CLIPProcessor.from_pretrained(source)
     except OSError as error:
         raise UnlearnError(f"CLIP '{name}' could not be loaded; connect once, or give a local folder or 'canvas' as its model") from error
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..base import Judge, Task
 from ..diffusion import batches
 from ..errors import UnlearnError, UsageError
+from ..files import quiet
 from . import _named
 
 
@@ -68,8 +69,9 @@ def network(model: str) -> tuple[Any, Any]:
     if not model:
         raise UsageError("the judge style needs a classifier; name its hub id or folder: style:model=FOLDER")
     try:
-        net: Any = AutoModelForImageClassification.from_pretrained(model)
-        processor: Any = AutoImageProcessor.from_pretrained(model)
+        with quiet():
+            net: Any = AutoModelForImageClassification.from_pretrained(model)
+            processor: Any = AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UnlearnError(f"the classifier '{model}' could not be loaded; connect once, or give a folder: style:model=FOLDER") from error
     return net.float().requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..base import Judge, Task
 from ..diffusion import batches
 from ..errors import UnlearnError, UsageError
+from ..files import quiet
 from . import _named
 
 YES, NO = ("Yes", "yes", " Yes", " yes"), ("No", "no", " No", " no")
@@ -82,8 +83,9 @@ def network(model: str) -> tuple[Any, Any]:
         raise UsageError("the judge vlm needs a vision-language model; name its hub id or folder: vlm:model=FOLDER")
     gpu = torch.cuda.is_available()
     try:
-        processor: Any = AutoProcessor.from_pretrained(model)
-        net: Any = AutoModelForImageTextToText.from_pretrained(model)
+        with quiet():
+            processor: Any = AutoProcessor.from_pretrained(model)
+            net: Any = AutoModelForImageTextToText.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UnlearnError(f"the model '{model}' could not be loaded; connect once, or give a folder: vlm:model=FOLDER") from error
     processor.tokenizer.padding_side = "left"  # so that the last place is the answer's

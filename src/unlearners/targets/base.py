@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -50,24 +49,6 @@ def hub_config(spec: str, name: str = "config.json") -> dict[str, Any]:
         return described(Path(hf_hub_download(spec, name)))
     except Exception:  # not there, no network, no access: then no family claims it by this file
         return {}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' bars for reading files, which are over in a second; downloads keep theirs."""
-    import diffusers
-    import transformers
-
-    logs = (diffusers.utils.logging, transformers.utils.logging)
-    shown = [log.is_progress_bar_enabled() for log in logs]
-    for log in logs:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, was in zip(logs, shown, strict=True):
-            if was:
-                log.enable_progress_bar()
 
 
 def tiny_tokenizer(folder: Path) -> Any:

@@ -17,7 +17,7 @@ from typing_extensions import Self
 from .. import nets, patch
 from ..data import Examples
 from ..errors import RefusedError, UsageError
-from ..files import sentence
+from ..files import quiet, sentence
 from ..zoo import canvas
 from .base import Recogniser, Trainable, described
 
@@ -211,7 +211,8 @@ def _folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         from transformers import AutoModelForImageClassification
 
         try:
-            net: Any = AutoModelForImageClassification.from_pretrained(folder)
+            with quiet():
+                net: Any = AutoModelForImageClassification.from_pretrained(folder)
         except Exception as error:  # what is wrong with a file can surface as anything
             raise RefusedError(f"the classifier in {folder} cannot be read ({sentence(error).rstrip('.')}); copy it again") from error
         labels = [net.config.id2label[i] for i in range(len(net.config.id2label))]

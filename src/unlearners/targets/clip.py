@@ -19,10 +19,10 @@ from .. import clip_maps, latents, patch
 from ..base import Data, Relabel, Task
 from ..data import Examples, Source, open_data
 from ..errors import RefusedError, UsageError
-from ..files import sentence
+from ..files import quiet, sentence
 from ..latents import Asked
 from ..zoo import canvas
-from .base import DualEncoder, hub_config, quiet, tiny_tokenizer
+from .base import DualEncoder, hub_config, tiny_tokenizer
 
 OPEN_CLIP = "open_clip/"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -18,7 +18,7 @@ from ..base import Data, Relabel
 from ..data import Examples, open_data
 from ..diffusion import batches
 from ..errors import RefusedError, UsageError
-from ..files import sentence
+from ..files import quiet, sentence
 from ..zoo import canvas
 from .base import Chat, hub_config
 
@@ -221,8 +221,9 @@ def _transformers(spec: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise RefusedError(f"{spec} holds {_kind(spec) or 'no config.json of a model'}; give a folder of a {' or '.join(KINDS)}")
     loader: Any = AutoModelForImageTextToText
     try:
-        model, info = loader.from_pretrained(spec, dtype=dtype, output_loading_info=True)
-        processor = AutoProcessor.from_pretrained(spec)
+        with quiet():
+            model, info = loader.from_pretrained(spec, dtype=dtype, output_loading_info=True)
+            processor = AutoProcessor.from_pretrained(spec)
     except Exception as error:  # what is wrong with a file can surface as anything
         raise RefusedError(f"the LLaVA in {spec} cannot be read ({sentence(error).rstrip('.')}); copy or download it again") from error
     if type(model).__name__ not in KINDS:

@@ -24,9 +24,10 @@ from .. import diffusion, imports, latents, patch
 from ..base import Adversarial, Data, Relabel, Task
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UnlearnError, UsageError
+from ..files import quiet
 from ..latents import Asked, Latents
 from ..zoo import canvas
-from .base import Learner, TextToImage, ddim, quiet, tiny_tokenizer
+from .base import Learner, TextToImage, ddim, tiny_tokenizer
 
 ALIASES = {
     "canvas": str(canvas.FOLDER / "sd"),

@@ -1,0 +1,7 @@
+"""``python -m unlearners`` is the command ``unlearn``."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
