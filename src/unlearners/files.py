@@ -16,7 +16,10 @@ from .errors import UnlearnError, UsageError
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process; ``UsageError`` while another one holds it. The system lets go when a process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{folder} cannot be a folder, since it or what it lies in is a file; give another --out") from None
     held = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -205,6 +205,11 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
 
     with locked(tmp_path / "x"), pytest.raises(UsageError, match="another process is writing"):
         run.erase(SHORT, "tiny-classifier", tasks.from_data("tiny", "class=b"), out=tmp_path / "x")
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(UsageError, match="is a file; give another --out"):
+            run.erase(SHORT, "tiny-classifier", tasks.from_data("tiny", "class=b"), out=out)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_run_record_names_the_data_and_the_forgotten_rows(tmp_path: Path) -> None:

@@ -244,6 +244,9 @@ def test_what_cannot_be_done_is_said() -> None:
     target, task = named()
     with pytest.raises(UsageError, match="nothing to forget"):
         SLUG(evaluations=1, goal=100.0)(target, task)
+    for wrong in ({"rounds": -1}, {"evaluations": 0}, {"alpha": 0.0}):
+        with pytest.raises(UsageError, match="at least"):
+            SLUG(**wrong)
     with pytest.raises(UsageError, match="leaves no weight"):
         SLUG(params=r".*bias")(target, task)
     with pytest.raises(UsageError, match="same caption"):

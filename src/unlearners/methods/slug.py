@@ -107,8 +107,11 @@ class SLUG(Method):
     def __post_init__(self) -> None:
         if self.loss == "answers":
             object.__setattr__(self, "needs", Chat)
-        if min(self.batch, self.evaluations, self.at_once, self.top_names, self.pictures) < 1 or self.alpha <= 0 or self.pairs < 0:
-            raise UsageError("batch, evaluations, at_once, top_names and pictures must be at least 1, and alpha above 0")
+        counts = (self.batch, self.evaluations, self.at_once, self.top_names, self.pictures)
+        if min(counts) < 1 or self.alpha <= 0 or min(self.pairs, self.rounds) < 0:
+            raise UsageError(
+                "batch, evaluations, at_once, top_names and pictures must be at least 1, pairs and rounds at least 0, and alpha above 0"
+            )
 
     def run(self, target: Target, task: Task) -> Iterator[Row]:
         for _ in target.steps(1):
