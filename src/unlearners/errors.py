@@ -41,5 +41,5 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
 
 def misfit(name: str, needs: type, found: type) -> UsageError:
     """A ``UsageError`` for a model of the wrong family, in the words with which the docstring of ``needs`` begins ("A model that …")."""
-    wanted = re.split("[:.]", str(needs.__doc__))[0]
+    wanted = re.split("[:.]", needs.__doc__ or f"a {needs.__name__}")[0]
     return UsageError(f"{name} needs {wanted[:1].lower() + wanted[1:]}, and this is a {found.__name__}; see 'unlearn show {name}'")

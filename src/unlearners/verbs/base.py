@@ -18,7 +18,6 @@ from ..errors import UnlearnError, UsageError, unknown
 if TYPE_CHECKING:
     from ..base import Task
 
-
 Result = dict[str, Any]
 CUT = {
     "steps": 2,
@@ -167,6 +166,7 @@ def here(spec: str) -> str:
 
 
 def cost(record: Mapping[str, Any]) -> str:
+    """What an erasure changed and took, for a person."""
     return f"{len(record['weights']['changed'])} tensors, {record['weights']['bytes'] / 1e6:.1f} MB, {record['time']['seconds']:.1f} s"
 
 
