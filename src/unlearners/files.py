@@ -43,12 +43,11 @@ def turn(path: Path, waiting: Callable[[str], None] = lambda holder: None) -> It
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            waiting(os.pread(handle, 20, 0).decode())
+            waiting(os.pread(handle, 20, 0).decode().strip())
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise UnlearnError(f"{path} cannot be locked ({error.strerror}); put the runs on a disk that has file locks") from error
-        os.truncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        os.pwrite(handle, f"{os.getpid():<20}".encode(), 0)  # one write of a fixed length, so that no reader meets half of it
         yield
     finally:
         os.close(handle)  # the file stays: were it deleted, two processes could lock two files of one name
