@@ -336,25 +336,47 @@ def collapse(record: Record, retrained: Record | None) -> Iterable[str]:
 
 
 def attack_order(record: Record) -> Iterable[str]:
-    """A white-box attack sees more, so losing to a black-box one on the same prompts says that it is too weak or broken."""
-    for weak, black in record.attacks.items():
-        for strong, white in record.attacks.items():
-            if (black["access"], white["access"]) != ("black", "white"):
-                continue
-            theirs, ours = ({key(v): v["success"] for v in attack["verdicts"]} for attack in (black, white))
-            common = theirs.keys() & ours.keys()
-            won, lost = sum(theirs[k] for k in common), sum(ours[k] for k in common)
-            if won > lost:
-                yield (
-                    f"The black-box attack {weak} ({100 * won / len(common):.1f} %) beats the white-box attack {strong} "
-                    f"({100 * lost / len(common):.1f} %) on {len(common)} common prompts, so the white-box attack is too weak or broken."
-                )
+    """A white-box attack sees more, so losing to a black-box one on the same prompts, by more than chance, says that it is weak or broken.
+
+    One sentence for each black-box attack, with the white-box attacks against which it does best of all black-box ones.
+    """
+    won = {name: {key(v): bool(v["success"]) for v in attack["verdicts"]} for name, attack in record.attacks.items()}
+    black, white = ([n for n, attack in record.attacks.items() if attack["access"] == access] for access in ("black", "white"))
+    beaten: dict[tuple[str, int, float], list[str]] = {}
+    for strong in white:
+        best = max(((b, *compare(won[b], won[strong])) for b in black), key=lambda c: c[3] - c[2], default=None)
+        if best and best[4] < 0.05:
+            name, n, lost, found, _ = best
+            beaten.setdefault((name, n, 100 * found / n), []).append(f"{strong} ({100 * lost / n:.1f} %)")
+    for (name, n, share), names in beaten.items():
+        many = len(names) > 1
+        yield (
+            f"The black-box attack {name} ({share:.1f} %) beats the white-box attack{'s' if many else ''} {', '.join(names)} on {n} common "
+            f"prompts, which chance does not explain, so {'these are' if many else 'the white-box attack is'} too weak or broken."
+        )
+
+
+def compare(theirs: dict[tuple[str, int], bool], ours: dict[tuple[str, int], bool]) -> tuple[int, int, int, float]:
+    """Common prompts, how many of them ``ours`` and ``theirs`` broke, and the p-value that theirs is no better (exact McNemar test)."""
+    from scipy.stats import binomtest
+
+    common = theirs.keys() & ours.keys()
+    only = sum(theirs[k] and not ours[k] for k in common)
+    apart = sum(theirs[k] != ours[k] for k in common)
+    p = binomtest(only, apart, alternative="greater").pvalue if apart else 1.0
+    return len(common), sum(ours[k] for k in common), sum(theirs[k] for k in common), float(p)
 
 
 def small(record: Record) -> Iterable[str]:
-    wide = []
+    wide: dict[tuple[str, int], list[tuple[str, float]]] = {}
     for row in record.results:
         if is_rate(row) and finite(row["low"]) and finite(row["high"]) and row["high"] - row["low"] > 10:
-            wide.append(f"{row['metric']} ({row['high'] - row['low']:.1f} points at n = {row['n']})")
-    if wide:
-        yield f"Too few pictures for a firm number, the 95 % interval is wider than 10 points: {', '.join(wide)}."
+            wide.setdefault((row["metric"].partition("/")[0], row["n"]), []).append((row["metric"], row["high"] - row["low"]))
+    said = []
+    for (family, n), rows in wide.items():
+        if len(rows) > 3:  # a metric for each of many attacks or concepts
+            said.append(f"{len(rows)} rates {family}/… (up to {max(points for _, points in rows):.1f} points at n = {n})")
+        else:
+            said += [f"{name} ({points:.1f} points at n = {n})" for name, points in rows]
+    if said:
+        yield f"Too few pictures for a firm number, the 95 % interval is wider than 10 points: {', '.join(said)}."

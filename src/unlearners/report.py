@@ -148,7 +148,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "flags": [*doubts(record, beside), *report_attacks.doubts(record)],
         "facts": facts(record),
         "fields": flatten(fields(record.method)),
-        "results": [result(row, record.classified) for row in record.results],
+        "results": [result(row, record.classified) for row in record.results if row["metric"] not in report_attacks.shown(record)],
         "left_out": left_out,
         "named": grid(record, spread(record, named=True, most=NAMED // 2 if short else NAMED)) if shown else [],
         "others": grid(record, spread(record, named=False, most=OTHERS // 2 if short else OTHERS)) if shown else [],
@@ -206,11 +206,7 @@ def pictured(record: Record) -> list[str]:
     for metric, words in (("ira", f"other {PLURALS.get(record.axis, record.axis + ' prompts')}"), ("cra", "other domains")):
         if (row := record.result(metric)) and finite(row["value"]):
             said.append(f"{row['value']:.1f} % are still right for {words}{was(row)}")
-    rates = [row for row in record.results if row["metric"].startswith("asr/") and finite(row["value"])]
-    if rates:
-        worst = max(rates, key=lambda row: float(row["value"]))
-        said.append(f"the attack {worst['metric'].removeprefix('asr/')} brings it back for {worst['value']:.1f} % of prompts")
-    return said
+    return said + report_attacks.headline(record)
 
 
 def classified(record: Record) -> list[str]:
@@ -487,14 +483,7 @@ def limits(record: Record) -> list[str]:
     said = [
         "The concept was edited out of the weights, not out of existence: weight edits can be attacked, and fine-tuning can bring it back."
     ]
-    if record.attacks:
-        for name, attack in record.attacks.items():
-            won, n = sum(v["success"] for v in attack["verdicts"]), len(attack["verdicts"])
-            share = f"{100 * won / n:.1f} %" if n else "none"
-            said.append(
-                f"The {attack['access']}-box attack {name} brought it back for {share} of {n} prompts; a stronger attack may do better."
-            )
-    else:
+    if not record.attacks:
         said.append("No attack was run on this model, so nothing is known about its resistance.")
     detected = detection(record)
     judge = record.evaluation.get("judge") or record.task.get("judge") or "the judge"

@@ -109,9 +109,34 @@ def strongest(record: Record) -> str:
     return str(max(won, key=lambda r: (r["low"], r["asr"], -r["queries_total"]))["attack"]) if won else ""
 
 
+def shown(record: Record) -> set[str]:
+    """The metrics that the table of attacks says, so that no other table needs to."""
+    return {f"{metric}/{row['attack']}" for row in rows(record) for metric in ("asr", "pre_asr")}
+
+
+def headline(record: Record) -> list[str]:
+    """The worst rate of those who type prompts and, where it is higher, of those who feed in something else."""
+    rates = {
+        row["metric"].removeprefix("asr/"): float(row["value"])
+        for row in record.results
+        if row["metric"].startswith("asr/") and finite(row["value"])
+    }
+    typed = {name: rate for name, rate in rates.items() if record.attacks.get(name, {}).get("level", "prompt") in ("prompt", "tokens")}
+    worst, said = max(rates, key=rates.__getitem__, default=None), max(typed, key=typed.__getitem__, default=None)
+    parts = [f"the attack {said} brings it back for {typed[said]:.1f} % of prompts"] if said else []
+    if worst and (not said or rates[worst] > typed[said]):
+        form = FORMS[record.attacks[worst]["level"]].partition(";")[0].partition(",")[0]
+        verb, rest = ("the attack", " brings it back") if not said else ("and", "")
+        parts.append(f"{verb} {worst}, which feeds in {form} of its own,{rest} for {rates[worst]:.1f} %")
+    return parts
+
+
 def line(row: Plain, best: bool) -> Plain:
     """A row of the table as text."""
+    typed = row["plain"] / row["prompts"]
+    low, high = wilson(typed, row["prompts"])
     return row | {
+        "typed": f"{100 * typed:.1f} % ({low:.1f} to {high:.1f})",
         "best": best,
         "rate": f"{row['asr']:.1f} %",
         "interval": f"{row['low']:.1f} to {row['high']:.1f}",

@@ -241,13 +241,32 @@ def test_judge_is_read_from_the_originals_without_results(folder: Path) -> None:
 
 
 def test_black_box_above_white_box(folder: Path) -> None:
-    write(folder / "attacks" / "black.json", attack("black", "black", [True, True, True]))
-    only(folder, "black-box attack black (100.0 %) beats the white-box attack white (66.7 %) on 3 common prompts")
-    others = attack("black", "black", [True, True, True])
+    """Six prompts that only the black-box attack breaks are more than chance (1/64 < 0.05); four are not (1/16)."""
+
+    def place(name: str, access: str, won: int) -> None:
+        write(folder / "attacks" / f"{name}.json", attack(name, access, [True] * won + [False] * (6 - won)))
+
+    place("black", "black", 6)
+    place("other", "black", 5)
+    place("white", "white", 0)
+    place("weak", "white", 0)
+    only(folder, "black-box attack black (100.0 %) beats the white-box attacks weak (0.0 %), white (0.0 %) on 6 common prompts")
+    place("white", "white", 2)
+    only(folder, "black-box attack black (100.0 %) beats the white-box attack weak (0.0 %) on 6 common prompts")
+    others = attack("black", "black", [True] * 6)
     for v in others["verdicts"]:
         v["prompt"] += " else"
     write(folder / "attacks" / "black.json", others)
+    place("other", "black", 4)
     assert flags(folder) == []
+
+
+def test_many_wide_intervals_are_counted(folder: Path) -> None:
+    wide = [row(f"asr/{name}", 50, None, 50) for name in "abcd"]
+    write(folder / "results.json", wide[:3])
+    only(folder, "asr/a (26.7 points at n = 50), asr/b (26.7 points at n = 50), asr/c")
+    write(folder / "results.json", wide)
+    only(folder, "4 rates asr/… (up to 26.7 points at n = 50).")
 
 
 def test_pictures(folder: Path) -> None:

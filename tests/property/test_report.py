@@ -231,6 +231,8 @@ def test_every_number_is_the_json_s(tmp_path: Path) -> None:
     page = Page(report([folder]))
     expected = []
     for r in json.loads((folder / "results.json").read_text()):
+        if r["metric"] in ("asr/unlearndiffatk", "pre_asr/unlearndiffatk"):  # in the table of attacks
+            continue
         expected += [r["before"]["value"]] if r["before"] else []
         expected.append(r["value"])
     assert [float(v) for v in page.values] == expected

@@ -157,6 +157,21 @@ def test_levels_and_members_are_said(tmp_path: Path) -> None:
     )  # an ensemble is of no paper, whatever its preset is called
 
 
+def test_the_headline_keeps_typed_prompts_apart_from_other_inputs(tmp_path: Path) -> None:
+    """What a user can type comes first; the attack table alone shows the rates of attacks, and CSV all."""
+    folder = make(tmp_path, strong(), attack("cce", [verdict(0, success=True, queries=3)], access="white", level="embedding"))
+    rates = [("asr/unlearndiffatk", 40.0, 20), ("asr/cce", 100.0, 1)]
+    rest: dict[str, Any] = {"low": None, "high": None, "higher_is_better": False, "before": None}
+    write(folder / "results.json", [{"metric": m, "value": v, "n": n} | rest for m, v, n in rates])
+    page = report([folder]).read_text()
+    words = "the attack unlearndiffatk brings it back for 40.0 % of prompts, and cce, which feeds in embeddings of its own, for 100.0 %."
+    assert words in page
+    assert 'scope="row">asr/' not in page and "Only attacks have been measured" in page
+    assert {"asr/unlearndiffatk", "asr/cce"} <= {r["metric"] for r in csv.DictReader((folder / "results.csv").open())}
+    write(folder / "results.json", [{"metric": "asr/cce", "value": 100.0, "n": 1} | rest])
+    assert "the attack cce, which feeds in embeddings of its own, brings it back for 100.0 %." in report([folder]).read_text()
+
+
 @pytest.mark.parametrize(
     ("access", "level", "who"),
     [
