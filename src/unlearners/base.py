@@ -386,7 +386,7 @@ class Attack(ABC):
 
     ``access`` and ``level`` are its threat model: whether it reads the victim's weights, and where its input enters.
     Pictures are drawn with the guide that the target may carry (``Target.guide``). Gradients go through ``eps``, which knows only the
-    weights: against a defence at generation time the search is that on the undefended model, and ``hit`` says what gets through.
+    weights: a search along them is refused by ``run.attack`` where a guide acts, unless the attack has a field ``transfer`` that is set.
     """
 
     needs: ClassVar[type[Target]]

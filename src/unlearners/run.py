@@ -264,6 +264,12 @@ def _attack(
             f"{name} searches towards what the model drew before the erasure, which nobody knows of {record['run']['target']}; "
             "name that model with --base"
         )
+    if record.get("guide") and attack.access == "white" and not getattr(attack, "transfer", False):
+        also = "set transfer to search in the weights alone and try what is found, or " if hasattr(attack, "transfer") else ""
+        raise UsageError(
+            f"{name} follows gradients of the weights, and {record['guide']} acts outside of them; {also}use an attack that only asks for "
+            "pictures, such as paraphrase or random_tokens"
+        )
     model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
     model.sampler = _sampler(model.sampler, steps, guidance)  # type: ignore[attr-defined]
     before = cache(lambda: _original(record, device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,22 @@ from torch import Tensor
 
 from unlearners import targets
 from unlearners.attacks.random_tokens import RandomTokens
-from unlearners.base import Task
+from unlearners.base import Probe, Task
 from unlearners.errors import RefusedError, UsageError
 from unlearners.exports import export, left_behind
 from unlearners.flags import flags
 from unlearners.methods.esd import ESD
 from unlearners.methods.negative_prompt import NegativePrompt
 from unlearners.methods.sld import I2P, SLD
-from unlearners.run import _original_folder, erase, read_run
+from unlearners.registry import get, names
+from unlearners.run import _original_folder, attack, erase, read_run
 from unlearners.targets.ddpm import DDPM
 from unlearners.testing import FakeJudge
 
 TASK = Task(name="t", kind="style", concepts=("zq", "ink"), seeds=(1,), judge="fake")
 STRONG = SLD(scale=3000.0, warmup=2, threshold=0.02, momentum=0.5, beta=0.7)
 METHODS = [STRONG, NegativePrompt()]
+PROBED = replace(TASK, probes=(Probe(prompt="a zq sky", truth={"style": "zq"}),))
 MODELS: list[dict[str, Any]] = [{}, {"xl": True}, {"prediction": "v_prediction"}]
 PROMPTS, SEEDS = ["a zq sky", "cup", ""], [1, 2, 3]
 ESD_QUICK = ESD(steps=2, sampler_steps=3, lr=1e-2)
@@ -297,3 +300,21 @@ def test_attacks_are_judged_by_guarded_pictures(sd: Callable[..., Any]) -> None:
     shown = FakeJudge(lambda x: [torch.equal(p, wanted[0]) for p in x])
     items = [Item(prompt="a zq sky", seed=1)]
     assert [RandomTokens(tries=1)(m, TASK, shown, items)[0].before for m in (target, plain)] == [True, False]
+
+
+@pytest.mark.parametrize("name", [n for n in names("attacks") if get("attacks", n).access == "white"])
+def test_gradients_do_not_reach_a_guide(tmp_path: Path, name: str) -> None:
+    """Refused before anything is written; prompts found in the weights alone can be tried through the guide, when that is asked for."""
+    folder = erase(NegativePrompt(), "tiny", PROBED, runs=tmp_path)
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=f"{name} follows gradients of the weights, and negative_prompt acts outside of them; ") as told:
+        attack(name, folder, prompts=1)
+    assert sorted(tmp_path.rglob("*")) == there
+    assert ("set transfer" in str(told.value)) == (name in ("p4d", "ph2p", "unlearndiffatk"))
+
+
+def test_prompts_found_in_the_weights_are_tried_through_the_guide(tmp_path: Path) -> None:
+    folder = erase(NegativePrompt(), "tiny", "canvas/neon", runs=tmp_path)
+    told = json.loads(attack("unlearndiffatk", folder, prompts=1, steps=1, timesteps=2, iterations=1, transfer=True).read_text())
+    assert told["attack"]["transfer"] and told["access"] == "white"
+    assert [v["queries"] for v in told["verdicts"]] == [0 if told["verdicts"][0]["before"] else 2]

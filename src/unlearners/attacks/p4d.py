@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..config import later
 from ..errors import UsageError
 from ..inversion import words
 from ..targets.base import TextToImage
@@ -79,6 +80,8 @@ class P4D(Attack):
     """weight decay of the embeddings"""
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
+    transfer: bool = later(False)
+    """against a defence that acts at generation time: search in the weights alone and try what is found; else that is refused"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         ids, at = self._layout(target, [i.prompt for i in items])  # (B, L), (B, S)

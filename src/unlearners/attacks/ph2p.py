@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..config import later
 from ..errors import UsageError
 from ..inversion import words
 from ..judges._clip import embed_images, embed_texts
@@ -76,6 +77,8 @@ class PH2P(Attack):
     """hub id or local folder of a CLIPModel, or "canvas"; empty: the bundled one for models as small, else openai/clip-vit-large-patch14"""
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
+    transfer: bool = later(False)
+    """against a defence that acts at generation time: search in the weights alone and try what is found; else that is refused"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         self._fits(target)

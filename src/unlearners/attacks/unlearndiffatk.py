@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..config import later
 from ..diffusion import Soft
 from ..targets.base import TextToImage
 from ._search import draw, pictures, simplex, slots, stream, table
@@ -67,6 +68,8 @@ class UnlearnDiffAtk(Attack):
     """L2 weight decay on the probabilities"""
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
+    transfer: bool = later(False)
+    """against a defence that acts at generation time: search in the weights alone and try what is found; else that is refused"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         E = table(target)  # (V, D)
