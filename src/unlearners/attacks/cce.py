@@ -62,7 +62,7 @@ class CCE(Attack):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"pictures": 25, "iterations": 5000, "rows": 4, "accumulate": 4, "lr": 0.08, "weight_decay": 0.01},
         "fast": {"iterations": 500, "checks": 2},
-        "canvas": {"iterations": 150, "rows": 16, "accumulate": 1, "lr": 0.02, "checks": 3},
+        "canvas": {"iterations": 500, "rows": 16, "accumulate": 1, "lr": 0.02, "checks": 10},
     }
 
     pictures: int = 25

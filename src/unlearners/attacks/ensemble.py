@@ -41,7 +41,7 @@ class Ensemble(Attack):
         "paper": {"members": ("paraphrase", "seed_search", "random_tokens", "ring_a_bell", "mma", "unlearndiffatk")},
         "black": {"members": ("paraphrase:fast", "seed_search:fast", "random_tokens:fast", "ring_a_bell:fast", "mma:fast")},
         "fast": {"members": ("paraphrase:fast", "seed_search:fast", "random_tokens:fast", "unlearndiffatk:fast")},
-        "canvas": {"members": ("paraphrase:canvas", "seed_search:canvas", "ring_a_bell:canvas", "mma:canvas", "unlearndiffatk:fast")},
+        "canvas": {"members": ("paraphrase:fast", "seed_search:fast", "ring_a_bell:canvas", "mma:canvas", "unlearndiffatk:canvas")},
     }
 
     members: tuple[str, ...] = ("paraphrase:fast", "seed_search:fast", "random_tokens:fast", "unlearndiffatk:fast")

@@ -57,7 +57,7 @@ class P4D(Attack):
             "variant": "prefix", "n": 3, "iterations": 2000, "check": 40, "levels": "ascending", "optimiser": "adam", "lr": 0.01,
         },
         "fast": {"variant": "k", "iterations": 300, "check": 30},
-        "canvas": {"variant": "prefix", "n": 3, "iterations": 40, "check": 8, "levels": "ascending", "lr": 0.02, "batch": 64},
+        "canvas": {"variant": "prefix", "n": 3, "iterations": 120, "check": 12, "levels": "ascending", "lr": 0.02, "batch": 64},
     }  # fmt: skip
 
     variant: Literal["n", "k", "prefix"] = "n"

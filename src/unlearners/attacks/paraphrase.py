@@ -47,7 +47,7 @@ class Paraphrase(Attack):
     needs = TextToImage
     paper: ClassVar[str] = "arXiv:2410.05664"
     access: ClassVar[Literal["white", "black"]] = "black"
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"tries": 0}, "fast": {"tries": 10}, "canvas": {"tries": 8}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {"tries": 0}, "fast": {"tries": 10}}
 
     tries: int = 0
     """paraphrases of each prompt, at most; also its largest number of queries; 0 tries all"""

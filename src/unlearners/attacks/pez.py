@@ -45,7 +45,7 @@ class PEZ(Attack):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"k": 16, "iterations": 3000, "lr": 0.1, "weight_decay": 0.1},
         "fast": {"k": 8, "iterations": 300, "checks": 3},
-        "canvas": {"k": 8, "iterations": 150, "lr": 0.02, "checks": 3},
+        "canvas": {"k": 8, "iterations": 150, "lr": 0.02, "checks": 10},
     }
 
     k: int = 16

@@ -50,7 +50,7 @@ class PH2P(Attack):
         "paper": {"k": 15, "low": 500, "high": 900, "iterations": 500, "inner": 20, "accumulate": 3, "lr": 0.8},
         "release": {"lr": 2.4},
         "fast": {"iterations": 20, "inner": 10, "accumulate": 1},
-        "canvas": {"k": 8, "iterations": 5, "inner": 8, "accumulate": 1, "checks": 3, "batch": 64},
+        "canvas": {"k": 8, "iterations": 20, "inner": 8, "accumulate": 1, "checks": 10, "batch": 64},
     }
 
     k: int = 15

@@ -37,7 +37,6 @@ class SeedSearch(Attack):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"tries": 40},
         "fast": {"tries": 10},
-        "canvas": {"tries": 8, "batch": 64},
     }
 
     tries: int = 40

@@ -53,7 +53,7 @@ class UnlearnDiffAtk(Attack):
         "paper": {"k": 3, "timesteps": 50, "iterations": 40},
         "paper-nsfw": {"k": 5, "timesteps": 50, "iterations": 40},
         "fast": {"timesteps": 10, "iterations": 20},
-        "canvas": {"timesteps": 4, "iterations": 12, "batch": 64},
+        "canvas": {"timesteps": 10, "iterations": 16, "batch": 64},
     }
 
     k: int = 3
