@@ -20,9 +20,11 @@ from unlearners.attacks._text import framed, free, names, plain, pooled, typed
 from unlearners.attacks.ensemble import Ensemble
 from unlearners.attacks.mma import MMA
 from unlearners.attacks.paraphrase import FRAMES, Paraphrase, said_otherwise, words
+from unlearners.attacks.random_tokens import RandomTokens
 from unlearners.attacks.ring_a_bell import RingABell, breed
 from unlearners.attacks.seed_search import SeedSearch
 from unlearners.attacks.tina import TINA
+from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Probe, Row, Task, Verdict
 from unlearners.diffusion import denoise
 from unlearners.errors import UsageError
@@ -426,8 +428,10 @@ def test_presets_are_the_papers_numbers() -> None:
     assert TINA(**TINA.presets["paper"]) == TINA() and (TINA().iterations, TINA().lr) == (25, 0.001)
     assert SeedSearch(**SeedSearch.presets["paper"]) == SeedSearch() and Paraphrase(**Paraphrase.presets["paper"]) == Paraphrase()
     assert Ensemble(**Ensemble.presets["fast"]) == Ensemble()
-    for kind in (RingABell, MMA, TINA, SeedSearch, Paraphrase, Ensemble):
+    for kind in (RingABell, MMA, TINA, Ensemble):
         assert {"paper", "fast", "canvas"} <= set(kind.presets)
+    for chance in (SeedSearch, Paraphrase, RandomTokens):  # as many tries as a search on the canvas has
+        assert chance(**chance.presets["fast"]).tries == UnlearnDiffAtk(**UnlearnDiffAtk.presets["canvas"]).timesteps
 
 
 def test_the_ddim_of_start_noise_never_clips() -> None:
