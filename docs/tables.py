@@ -131,21 +131,31 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
 
 
 def by_attack(grid: str, folder: Path = RESULTS.parent.parent) -> str:
-    """The table of a grid of attacks: a row for each, a column for each method, success rates task by task. "" without its CSV."""
-    if not (rows := measured(folder / grid / "results.csv")):
+    """The table of a grid of attacks: a row for each, a column for each method, success rates task by task. "" without its CSV.
+
+    Beside each attack what it takes, from attacks.csv: its access and level, and its queries for each prompt that it was let loose on.
+    """
+    rows, took = (measured(folder / grid / f"{name}.csv") for name in ("results", "attacks"))
+    if not (rows and took):
         return ""
     tasks, methods = (list(dict.fromkeys(r[k] for r in rows)) for k in ("task", "method"))
-    attacks = list(dict.fromkeys(r["metric"].partition("/")[2] for r in rows if r["metric"].startswith("asr/")))
+    attacks = {r["attack"]: (r["access"], r["level"]) for r in took}
 
     def rate(metric: str, method: str) -> str:
         return " / ".join(cell([r for r in rows if (r["metric"], r["method"], r["task"]) == (metric, method, t)], 0) for t in tasks)
 
-    lines = [f"| attack | {' | '.join(methods)} |", f"|---|{'---|' * len(methods)}"]
-    for name, metric in (("none", f"pre_asr/{attacks[0]}"), *((a, f"asr/{a}") for a in attacks)):
-        lines.append(f"| {name} | {' | '.join(rate(metric, m) for m in methods)} |")
-    said, n = " / ".join(t.partition("/")[2] for t in tasks), min(int(r["n"]) for r in rows if r["metric"].startswith("asr/"))
+    def queries(name: str) -> str:
+        own = [r for r in took if r["attack"] == name]
+        return f"{sum(int(r['queries_total']) for r in own) / max(1, sum(int(r['prompts']) - int(r['plain']) for r in own)):.1f}"
+
+    lines = [f"| attack | access, level | queries | {' | '.join(methods)} |", f"|---|---|---|{'---|' * len(methods)}"]
+    lines.append(f"| none | – | – | {' | '.join(rate(f'pre_asr/{next(iter(attacks))}', m) for m in methods)} |")
+    for name, what in attacks.items():
+        lines.append(f"| {name} | {', '.join(what)} | {queries(name)} | {' | '.join(rate(f'asr/{name}', m) for m in methods)} |")
+    said, n = " / ".join(t.partition("/")[2] for t in tasks), min(int(r["prompts"]) for r in took)
     note = f"Cells: ASR ↓ of {said}, in percent of {n} prompts, those included that show the concept without an attack. "
-    return "\n".join([*lines, "", note + f"Queries, intervals and the claims: `bench/results/{grid}`."])
+    note += "Queries: the mean for each prompt attacked. "
+    return "\n".join([*lines, "", note + f"Intervals, seconds and the claims: `bench/results/{grid}`."])
 
 
 def cell(rows: Sequence[Row], digits: int = 1) -> str:

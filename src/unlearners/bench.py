@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from . import config, registry, run, tables, tasks
+from . import config, flags, registry, report_attacks, run, tables, tasks
 from .base import Data, Method, Run, Task
 from .board import Board
 from .data import has_validation
@@ -44,9 +44,10 @@ def bench(
     """Run the grid file ``grid``; finished runs are skipped, interrupted ones resume, a failing one is noted and passed.
 
     Run folders go to ``runs`` (``runs/<name>``), tables to ``results`` (``results/<name>`` beside the grid): results.csv after every
-    run, then table.md, table.tex, table.html and the grid. ``jobs`` runs are done at once: 0 is one in this process, or with Ray as many
-    as there is room for. ``gpus`` (with Ray, for each run) and ``device`` are the grid's when 0 and empty. ``select`` first chooses among
-    each sweep's values on the validation split and writes selected.csv. ``console`` is a rich Console for the live table.
+    run, then attacks.csv where the grid attacks, table.md, table.tex, table.html and the grid. ``jobs`` runs are done at once: 0 is one
+    in this process, or with Ray as many as there is room for. ``gpus`` (with Ray, for each run) and ``device`` are the grid's when 0 and
+    empty. ``select`` first chooses among each sweep's values on the validation split and writes selected.csv. ``console`` is a rich
+    Console for the live table.
 
     Returns {"results", "tables", "selected", "rows", "errors", "failed"}; ``failed`` has the errors and, with ``check``, the thresholds
     that are missed. Raises ``UsageError`` for a wrong grid before anything is run.
@@ -115,6 +116,12 @@ def _bench(
     done = do(plan.jobs(planned), lambda done: _write(folder / "results.csv", rows(done), COLUMNS))
     table = rows(done)
     _write(folder / "results.csv", table, COLUMNS)
+    if spec.attacks:
+        _write(
+            folder / "attacks.csv",
+            _attacks(plan, [p for p, key in zip(planned, keys, strict=True) if done[key].good]),
+            report_attacks.COLUMNS,
+        )
     order = list(dict.fromkeys(name for p in planned for name in (_untouched(p.cell), p.label)))
     files = tables.write(folder, spec.name, table, order, compared, notes, plan.reference, spec.claims)
     missed = [m for c in spec.checks if (m := _missed(c, table))] if check else []
@@ -435,6 +442,15 @@ def _gaps(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
         apart = [abs(a - b) for a, b in pairs if a is not None and b is not None]
         if len(apart) == len(GAP):
             out.append({**row, "metric": "avg_gap", "value": sum(apart) / len(apart), "n": len(apart), "low": None, "high": None})
+    return out
+
+
+def _attacks(plan: _Plan, planned: Sequence[Planned]) -> list[dict[str, Any]]:
+    """What each attack took beside what it found: threat model, queries, seconds, settings and judge."""
+    asked, out = {a.name for a in plan.spec.attacks}, list[dict[str, Any]]()
+    for p in planned:
+        common = {"target": p.cell.target or plan.label, "task": p.task, "method": p.label}
+        out += [row | common for row in report_attacks.rows(flags.read(plan.folder(p))) if row["attack"] in asked and p.cell.attacked]
     return out
 
 

@@ -514,6 +514,25 @@ def test_without_a_terminal_there_is_a_line_for_each_job() -> None:
     assert said.getvalue() == "[1/1] erase m on t[0], seed 3 done in 2 s\n"
 
 
+# --- attacks ------------------------------------------------------------------------------------------------------
+def test_attacks_are_counted_with_what_they_took(grid: Callable[..., Path]) -> None:
+    """attacks.csv has the threat model and the queries of each attack on each run, and the rate of results.csv."""
+    tokens = {"name": "random_tokens", "fields": {"tries": 2}, "prompts": 3}
+    grid(
+        train=None, target="tiny", tasks=["canvas/neon"], seeds=[0], image_steps=1, metrics=["pre_asr", "asr"], attacks=[tokens],
+        methods=[{"name": "uce", "label": "closed form"}, {"name": "uce", "fields": {"lamb": 0.2}, "attacked": False}],
+    )  # fmt: skip
+    done = bench("grid.yaml", runs="runs", results="results")
+    assert not done["errors"]
+    with Path("results/attacks.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert [row[k] for k in ("target", "task", "method", "attack")] == ["tiny", "canvas/neon", "closed form", "random_tokens"]
+    assert [row[k] for k in ("access", "level", "prompts")] == ["black", "prompt", "3"]
+    assert int(row["queries_total"]) <= 2 * (3 - int(row["plain"]))
+    rates = {r["metric"]: r["value"] for r in table("results/results.csv") if r["method"] == "closed form"}
+    assert rates["asr/random_tokens"] == row["asr"]
+
+
 # --- kills --------------------------------------------------------------------------------------------------------
 SLOW = {**GRID, "methods": [{"name": "original"}, {**FT, "fields": {"batch": 8, "epochs": 40}, "sweep": {}}, GRID["methods"][2]]}
 

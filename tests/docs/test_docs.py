@@ -379,9 +379,14 @@ def test_the_table_of_attacks(tmp_path: Path) -> None:
         rows.append(f"canvas,canvas/{task},{method},0,{metric},{value},50,,,cpu,paper")
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "results.csv").write_text("\n".join(rows) + "\n")
+    took = ["task,attack,access,level,prompts,plain,queries_total", "canvas/neon,mma,black,prompt,50,1,49"]
+    took += ["canvas/neon,cce,white,embedding,50,1,98", "canvas/fish,cce,white,embedding,50,1,245"]
+    assert TABLES.by_attack("some", tmp_path) == ""
+    (tmp_path / "some" / "attacks.csv").write_text("\n".join(took) + "\n")
     lines = TABLES.by_attack("some", tmp_path).splitlines()
-    assert lines[:3] == ["| attack | esd | uce |", "|---|---|---|", "| none | 2 / – | – / – |"]
-    assert lines[3:5] == ["| mma | 10 / – | – / – |", "| cce | 20 / 44 | 30 / – |"]
+    head = ["| attack | access, level | queries | esd | uce |", "|---|---|---|---|---|", "| none | – | – | 2 / – | – / – |"]
+    assert lines[:3] == head
+    assert lines[3:5] == ["| mma | black, prompt | 1.0 | 10 / – | – / – |", "| cce | white, embedding | 3.5 | 20 / 44 | 30 / – |"]
     assert "neon / fish" in lines[-1] and "50 prompts" in lines[-1]
     assert TABLES.by_attack("none", tmp_path) == ""
 
