@@ -40,6 +40,15 @@ def known(kind: str) -> dict[str, str]:
     return {**about, **{n: s for n, s in files.items() if s}, **tasks.protocols()}
 
 
+def names(kind: str) -> list[str]:
+    """Every name of a kind, as ``known`` has them, without reading what each is about."""
+    if kind != "tasks":
+        return registry.names(kind)
+    from . import tasks
+
+    return [*tasks.names(), *tasks.protocols()]
+
+
 def lines(kind: str, names: Mapping[str, str]) -> str:
     width = max(map(len, names), default=0) + 2
     return "\n".join([f"{kind}:", *(f"  {n:{width}}{about}".rstrip() for n, about in names.items())])
@@ -47,7 +56,7 @@ def lines(kind: str, names: Mapping[str, str]) -> str:
 
 def about(kind: str, name: str) -> dict[str, Any]:
     """Everything that is known of a name, for --json and for people."""
-    about: dict[str, Any] = {"kind": kind, "name": name, "summary": known(kind)[name]}
+    about: dict[str, Any] = {"kind": kind, "name": name, "summary": known(kind)[name] if kind == "tasks" else registry.summary(kind, name)}
     if kind == "tasks":
         from . import tasks
 

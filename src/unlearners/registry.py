@@ -9,8 +9,10 @@ import ast
 import importlib
 import importlib.util
 import re
+import sys
 import typing
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,12 @@ def _files(kind: str) -> dict[str, Path]:
 
 def _plugins(kind: str) -> dict[str, EntryPoint]:
     _check(kind)
+    return _installed(kind, tuple(sys.path))
+
+
+@lru_cache
+def _installed(kind: str, paths: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """Asked once for each ``sys.path``: it reads the metadata of every installed package."""
     return {e.name: e for e in entry_points(group=f"unlearners.{kind}")}
 
 

@@ -379,8 +379,8 @@ def test_the_table_of_attacks(tmp_path: Path) -> None:
         rows.append(f"canvas,canvas/{task},{method},0,{metric},{value},50,,,cpu,paper")
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "results.csv").write_text("\n".join(rows) + "\n")
-    took = ["task,attack,access,level,prompts,plain,queries_total", "canvas/neon,mma,black,prompt,50,1,49"]
-    took += ["canvas/neon,cce,white,embedding,50,1,98", "canvas/fish,cce,white,embedding,50,1,245"]
+    took = ["task,method,attack,access,level,prompts,plain,queries_total", "canvas/neon,esd,mma,black,prompt,50,1,49"]
+    took += ["canvas/neon,esd,cce,white,embedding,50,1,98", "canvas/fish,esd,cce,white,embedding,50,1,245"]
     assert TABLES.by_attack("some", tmp_path) == ""
     (tmp_path / "some" / "attacks.csv").write_text("\n".join(took) + "\n")
     lines = TABLES.by_attack("some", tmp_path).splitlines()

@@ -20,7 +20,7 @@ class Show(Verb):
     """its name"""
 
     def do(self, part: Any) -> Result:
-        known = {k: list(listing.known(k)) for k in registry.KINDS}
+        known = {k: listing.names(k) for k in registry.KINDS}
         found = {k: listing.canonical(k, self.name) for k in registry.KINDS if listing.canonical(k, self.name) in known[k]}
         if not found:
             raise unknown("name", self.name, {n for names in known.values() for n in names})
