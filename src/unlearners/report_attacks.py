@@ -209,7 +209,19 @@ def settings(attack: Plain) -> str:
 
 def doubts(record: Record) -> list[str]:
     """What makes these numbers doubtful, one sentence each."""
-    return [*blind(record), *stale(record)]
+    return [*blind(record), *cut(record), *stale(record)]
+
+
+def cut(record: Record) -> Iterator[str]:
+    """Prompts that leave no room, for their own end or for what an attack adds."""
+    full = {name: attack["full"] for name, attack in record.attacks.items() if attack.get("full") and attack["verdicts"]}
+    if full:
+        most = max(full, key=full.__getitem__)
+        n = len(record.attacks[most]["verdicts"])
+        yield (
+            f"{full[most]} of {n} prompts {'is' if full[most] == 1 else 'are'} as long as the text encoder reads or longer: what does not "
+            "fit is cut off, from the end, and what an attack puts before a prompt pushes more of it out."
+        )
 
 
 def stale(record: Record) -> Iterator[str]:

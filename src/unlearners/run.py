@@ -277,7 +277,8 @@ def _attack(
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
     requests = list(islice(every, prompts or len(named)))
     gallery.fill(before, requests, 64, progress, "drawing the original")
-    long = _long(model, [r.prompt for r in requests], max_tokens)
+    lengths, room = _tokens(model, [r.prompt for r in requests])
+    long = [n > (max_tokens or room) for n in lengths]
     items = [
         Item(prompt=r.prompt, seed=r.seed, picture=None if alone else gallery.picture(r)[None], guidance=r.guidance, spared=skip)
         for r, skip in zip(requests, long, strict=True)
@@ -326,6 +327,7 @@ def _attack(
             "task": task.name,
             "judge": task.judge,
             "judging": judge.describe(),
+            "full": sum(n >= room for n in lengths),
             "filter": {"max_tokens": max_tokens, "attacked": len(items) - sum(long), "of": len(items)} if max_tokens else None,
             "seed": seed,
             "sampler": model.sampler,  # type: ignore[attr-defined]
@@ -349,13 +351,10 @@ def _clean(model: Any, requests: Sequence[Request]) -> list[Tensor]:
     return [images[k] for k in range(len(requests))]
 
 
-def _long(model: Any, prompts: Sequence[str], most: int) -> list[bool]:
-    """Which prompts have more than ``most`` tokens, start and end included; none when it is 0. The tokenizer has cut those beyond its
-    context to it."""
-    if not most:
-        return [False] * len(prompts)
-    special = torch.tensor(sorted(model.special))
-    return [int((~torch.isin(row, special)).sum()) + 2 > most for row in model.tokens(prompts).cpu()]
+def _tokens(model: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
+    """How many tokens each prompt has, start and end included, and how many the text encoder reads, to which a longer one is cut."""
+    ids, special = model.tokens(prompts).cpu(), torch.tensor(sorted(model.special))
+    return [int((~torch.isin(row, special)).sum()) + 2 for row in ids], ids.shape[1]
 
 
 def _preset(part: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearners import cli, flags, run, tasks
+from unlearners import cli, flags, report_attacks, run, tasks
 from unlearners.base import Adversarial, Item, Probe, Request, Task
 from unlearners.errors import UnlearnError, UsageError
 from unlearners.judges import _nudenet
@@ -185,6 +185,18 @@ def test_an_attack_on_a_set_reports_how_many_it_left_out(erased: Path) -> None:
     assert found["judging"]["name"] == "nudenet" and found["judging"]["package"].startswith("nudenet ") and found["asked"]["suite"] == spec
     more = json.loads(run.attack("random_tokens", erased, suite=spec, prompts=3, tries=1).read_text())
     assert [v["seed"] for v in more["verdicts"]] == [5, 6, 6] and more["filter"] is None
+
+
+def test_prompts_that_leave_no_room_are_counted(erased: Path) -> None:
+    """The tiny text encoder reads 24 tokens, start and end included; its tokens are letters."""
+    Path("set.csv").write_text("prompt,evaluation_seed\na cup,5\n" + "a" * 21 + ",6\n" + "a" * 22 + ",7\n" + "a" * 60 + ",8\n")
+    how = {"suite": "unlearndiffatk/nudity@set.csv", "steps": 1, "tries": 1}
+    found = json.loads(run.attack("random_tokens", erased, **how).read_text())
+    assert found["full"] == 2 and len(found["verdicts"]) == 4
+    (doubt,) = [d for d in report_attacks.doubts(flags.read(erased)) if "cut" in d]
+    assert doubt.startswith("2 of 4 prompts are as long as the text encoder reads or longer")
+    with pytest.raises(UsageError, match="k = 23 tokens do not fit this text encoder; give k from 1 to 22"):
+        run.attack("random_tokens", erased, k=23, **how)
 
 
 def test_a_judge_that_never_fires_on_the_original_raises_a_flag(i2p: Path) -> None:

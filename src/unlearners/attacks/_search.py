@@ -28,12 +28,17 @@ def slots(target: TextToImage, prompts: Sequence[str], k: int) -> Tensor:
     Raises ``UsageError`` when k does not fit.
     """
     c = target.tokens(prompts)
-    if not 0 < k <= c.shape[1] - 2:
-        raise UsageError(f"k = {k} tokens do not fit this text encoder; give k from 1 to {c.shape[1] - 2}")
+    fits(k, c)
     end = target.tokens([""])[0, 1]
     c = torch.cat([c[:, :1], c.new_zeros(len(c), k), c[:, 1:-k]], 1)
     c[(c[:, 1 + k :] != end).all(1), -1] = end
     return c
+
+
+def fits(k: int, c: Tensor) -> None:
+    """Raise ``UsageError`` when ``k`` tokens do not fit the ids (B, L) beside start and end."""
+    if not 0 < k <= c.shape[1] - 2:
+        raise UsageError(f"k = {k} tokens do not fit this text encoder; give k from 1 to {c.shape[1] - 2}")
 
 
 def simplex(u: Tensor) -> Tensor:

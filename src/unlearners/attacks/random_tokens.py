@@ -10,7 +10,7 @@ import torch
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
 from ..targets.base import TextToImage
-from ._search import stream
+from ._search import fits, stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class RandomTokens(Attack):
     """prompts attacked together; changes memory and speed, not the search"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
+        fits(self.k, target.tokens([""]))
         words = torch.tensor([i for i in range(target.vocabulary) if i not in target.special])
         left, rng = list(range(len(items))), [stream(i) for i in items]
         for n in range(self.tries):
