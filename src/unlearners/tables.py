@@ -20,6 +20,7 @@ HIDDEN = ("cost/cached_seconds",)
 NAMES = {"avg_gap": "Avg. Gap", "cost/seconds": "RTE (min)", "cost/peak_memory": "peak (GB)", "cost/patch_bytes": "patch (MB)"}
 SCALES = {"cost/seconds": 1 / 60, "cost/peak_memory": 1e-9, "cost/patch_bytes": 1e-6}
 DRAWN = ("ua", "ira", "cra", "pre_asr", "asr")  # shares of pictures, which are pooled over seeds
+ASKED, FEW = ("pre_asr", "asr"), 3  # of more attacks than so many there is a table of its own
 MINUTES = "rte_minutes"  # what published.yaml calls cost/seconds
 COLLAPSE, UNCHANGED = 0.5, 0.2  # RA below this share of the reference's; UA within so many points of the original's
 ROUNDING = 0.005  # half of a published last digit
@@ -105,8 +106,12 @@ def write(
         mine = [r for r in rows if r["task"] == task]
         here = {m: text for (t, m), text in notes.items() if t == task}
         beside: list[Published | None] = [p for p in compared if p.task in ("", task)]
-        for paper in beside or [None]:
-            made.append(sheet(task, mine, order, paper, here, reference))
+        apart = [r for r in mine if r["metric"].partition("/")[0] in ASKED] if len(_attacks(mine)) > FEW else []
+        rest = [r for r in mine if r not in apart]
+        for paper in (beside or [None]) if rest else []:
+            made.append(sheet(task, rest, order, paper, here, reference))
+        if apart:
+            made.append(resisted(task, apart, order))
     if claims:
         made.append(held(rows, claims))
     texts = {"table.md": markdown(name, made), "table.tex": latex(made)}
@@ -159,6 +164,30 @@ def sheet(task: str, rows: Sequence[Row], order: Sequence[str], paper: Published
         rows=body,
         notes=_notes(rows, paper, reference),
     )
+
+
+def resisted(task: str, rows: Sequence[Row], order: Sequence[str]) -> Sheet:
+    """Success rates of many attacks on one task, a row for each attack; the first row is of prompts as they are typed."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for r in rows:
+        if r["value"] is not None:
+            found.setdefault((r["metric"], r["method"]), []).append(r)
+    methods = [m for m in dict.fromkeys(["original", *order]) if any(m == method for _, method in found)]
+
+    def share(metric: str, method: str) -> str:
+        mine = found.get((metric, method), [])
+        return pooled(_mean([float(r["value"]) for r in mine]), sum(int(r["n"]) for r in mine)) if mine else "–"
+
+    attacks = _attacks(rows)
+    body = [["none", *(share(f"pre_asr/{attacks[0]}", m) for m in methods), ""]]
+    body += [[name, *(share(f"asr/{name}", m) for m in methods), ""] for name in attacks]
+    notes = ["ASR with its 95 % interval; prompts that show the concept as they are typed are counted."]
+    return Sheet(title=f"{task}: attacks", groups=[("", len(methods) + 2)], columns=["attack", *methods, ""], rows=body, notes=notes)
+
+
+def _attacks(rows: Sequence[Row]) -> list[str]:
+    """The attacks that have a success rate."""
+    return list(dict.fromkeys(r["metric"].partition("/")[2] for r in rows if r["metric"].startswith("asr/")))
 
 
 def heading(metric: str) -> str:

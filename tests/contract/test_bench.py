@@ -289,6 +289,21 @@ def test_compare() -> None:
     assert not compare([100.0], (100.0, 0.0), 10)[2]
 
 
+def test_many_attacks_have_a_table_of_their_own(tmp_path: Path) -> None:
+    common = {"target": "canvas", "task": "t", "seed": 0, "device": "cpu", "preset": "paper", "low": None, "high": None, "n": 10}
+    metrics = [f"{kind}/{attack}" for attack in "abcd" for kind in ("pre_asr", "asr")]
+    rows = [{**common, "method": "esd", "metric": m, "value": 20.0 if m.startswith("pre") else 50.0} for m in [*metrics, "ua"]]
+    rows.append({**common, "method": "uce", "metric": "asr/b", "value": 0.0})
+    written = tables.write(tmp_path, "grid", rows, ["esd", "uce"], [], {}, "")[0].read_text()
+    plain, own = written.replace("\\", "").split("## t: attacks")
+    assert "asr" not in plain.lower() and "| esd | 50.0 [24, 76] |" in plain
+    lines = [line for line in own.splitlines() if line.startswith("|")]
+    assert lines[0] == "| attack | esd | uce |  |" and lines[2] == "| none | 20.0 [6, 51] | – |  |"
+    assert lines[3] == "| a | 50.0 [24, 76] | – |  |" and lines[4] == "| b | 50.0 [24, 76] | 0.0 [0, 28] |  |" and len(lines) == 7
+    few = [r for r in rows if not r["metric"].endswith("/d")]
+    assert "attacks" not in tables.write(tmp_path, "grid", few, ["esd"], [], {}, "")[0].read_text()
+
+
 def test_shares_are_pooled_over_seeds_and_tables_say_which_claims_hold() -> None:
     common = {"target": "canvas", "task": "t", "device": "cpu", "preset": "paper", "low": None, "high": None}
     found = {"esd": ((40.0, 10), (60.0, 10)), "mine": ((20.0, 10), (20.0, 10))}
