@@ -135,6 +135,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
             "Pictures are left out because this task is sensitive (kind: nsfw). Ask for them with --show-images, or images=True in Python."
         )
     unique = record.folder.name
+    below = report_attacks.shown(record)
     return {
         "id": "run-" + re.sub(r"[^A-Za-z0-9_-]+", "-", unique),
         "name": unique,
@@ -148,7 +149,7 @@ def view(record: Record, beside: Record | None = None, *, images: bool | None, s
         "flags": [*doubts(record, beside), *report_attacks.doubts(record)],
         "facts": facts(record),
         "fields": flatten(fields(record.method)),
-        "results": [result(row, record.classified) for row in record.results if row["metric"] not in report_attacks.shown(record)],
+        "results": [result(row, record.classified) for row in record.results if row["metric"] not in below],
         "left_out": left_out,
         "named": grid(record, spread(record, named=True, most=NAMED // 2 if short else NAMED)) if shown else [],
         "others": grid(record, spread(record, named=False, most=OTHERS // 2 if short else OTHERS)) if shown else [],
