@@ -117,11 +117,8 @@ def _bench(
     table = rows(done)
     _write(folder / "results.csv", table, COLUMNS)
     if spec.attacks:
-        _write(
-            folder / "attacks.csv",
-            _attacks(plan, [p for p, key in zip(planned, keys, strict=True) if done[key].good]),
-            report_attacks.COLUMNS,
-        )
+        good = [p for p, key in zip(planned, keys, strict=True) if done[key].good]
+        _write(folder / "attacks.csv", _attacks(plan, good), report_attacks.COLUMNS)
     order = list(dict.fromkeys(name for p in planned for name in (_untouched(p.cell), p.label)))
     files = tables.write(folder, spec.name, table, order, compared, notes, plan.reference, spec.claims)
     missed = [m for c in spec.checks if (m := _missed(c, table))] if check else []

@@ -345,7 +345,7 @@ def attack_order(record: Record) -> Iterable[str]:
     beaten: dict[tuple[str, int, float], list[str]] = {}
     for strong in white:
         best = max(((b, *compare(won[b], won[strong])) for b in black), key=lambda c: c[3] - c[2], default=None)
-        if best and best[4] < 0.05:
+        if best and best[4] * len(black) < 0.05:  # the best of so many
             name, n, lost, found, _ = best
             beaten.setdefault((name, n, 100 * found / n), []).append(f"{strong} ({100 * lost / n:.1f} %)")
     for (name, n, share), names in beaten.items():

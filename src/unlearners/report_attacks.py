@@ -122,13 +122,16 @@ def headline(record: Record) -> list[str]:
         if row["metric"].startswith("asr/") and finite(row["value"])
     }
     typed = {name: rate for name, rate in rates.items() if record.attacks.get(name, {}).get("level", "prompt") in ("prompt", "tokens")}
-    worst, said = max(rates, key=rates.__getitem__, default=None), max(typed, key=typed.__getitem__, default=None)
-    parts = [f"the attack {said} brings it back for {typed[said]:.1f} % of prompts"] if said else []
-    if worst and (not said or rates[worst] > typed[said]):
-        form = FORMS[record.attacks[worst]["level"]].partition(";")[0].partition(",")[0]
-        verb, rest = ("the attack", " brings it back") if not said else ("and", "")
-        parts.append(f"{verb} {worst}, which feeds in {form} of its own,{rest} for {rates[worst]:.1f} %")
-    return parts
+    other = {name: rate for name, rate in rates.items() if name not in typed}
+    said = []
+    if typed:
+        name, rate = max(typed.items(), key=lambda pair: pair[1])
+        said.append(f"the attack {name} brings it back for {rate:.1f} % of prompts")
+    if other and max(other.values()) > max(typed.values(), default=-1.0):
+        name, rate = max(other.items(), key=lambda pair: pair[1])
+        own = f"{name}, which feeds in {FORMS[record.attacks[name]['level']].partition(';')[0].partition(',')[0]} of its own,"
+        said.append(f"and {own} for {rate:.1f} %" if typed else f"the attack {own} brings it back for {rate:.1f} %")
+    return said
 
 
 def line(row: Plain, best: bool) -> Plain:

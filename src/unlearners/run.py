@@ -27,7 +27,7 @@ from .meter import Meter
 from .outputs import Answers, FolderOutputs, Gallery, Predictions, save_picture
 from .session import FolderSession, Progress, environment
 from .targets import absolute, guide_run, load, put_guide, read_run, root, weighed
-from .targets.base import Chat, Trainable
+from .targets.base import Chat, TextToImage, Trainable
 
 SCHEMA = 1
 SAID = {field.name for field in dataclass_fields(Verdict)}
@@ -353,6 +353,8 @@ def _clean(model: Any, requests: Sequence[Request]) -> list[Tensor]:
 
 def _tokens(model: Any, prompts: Sequence[str]) -> tuple[list[int], int]:
     """How many tokens each prompt has, start and end included, and how many the text encoder reads, to which a longer one is cut."""
+    if not isinstance(model, TextToImage):  # drawn by class, so nothing is read
+        return [0] * len(prompts), 1
     ids, special = model.tokens(prompts).cpu(), torch.tensor(sorted(model.special))
     return [int((~torch.isin(row, special)).sum()) + 2 for row in ids], ids.shape[1]
 

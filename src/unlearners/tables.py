@@ -106,8 +106,8 @@ def write(
         mine = [r for r in rows if r["task"] == task]
         here = {m: text for (t, m), text in notes.items() if t == task}
         beside: list[Published | None] = [p for p in compared if p.task in ("", task)]
-        apart = [r for r in mine if r["metric"].partition("/")[0] in ASKED] if len(_attacks(mine)) > FEW else []
-        rest = [r for r in mine if r not in apart]
+        many = len(_attacks(mine)) > FEW
+        apart, rest = ([r for r in mine if (many and r["metric"].partition("/")[0] in ASKED) == own] for own in (True, False))
         for paper in (beside or [None]) if rest else []:
             made.append(sheet(task, rest, order, paper, here, reference))
         if apart:

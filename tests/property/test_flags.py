@@ -241,7 +241,7 @@ def test_judge_is_read_from_the_originals_without_results(folder: Path) -> None:
 
 
 def test_black_box_above_white_box(folder: Path) -> None:
-    """Six prompts that only the black-box attack breaks are more than chance (1/64 < 0.05); four are not (1/16)."""
+    """Six prompts that only the black-box attack breaks are more than chance (2 × 1/64 < 0.05); four are not."""
 
     def place(name: str, access: str, won: int) -> None:
         write(folder / "attacks" / f"{name}.json", attack(name, access, [True] * won + [False] * (6 - won)))

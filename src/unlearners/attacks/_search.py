@@ -27,18 +27,20 @@ def slots(target: TextToImage, prompts: Sequence[str], k: int) -> Tensor:
 
     Raises ``UsageError`` when k does not fit.
     """
+    fits(target, k=k)
     c = target.tokens(prompts)
-    fits(k, c)
     end = target.tokens([""])[0, 1]
     c = torch.cat([c[:, :1], c.new_zeros(len(c), k), c[:, 1:-k]], 1)
     c[(c[:, 1 + k :] != end).all(1), -1] = end
     return c
 
 
-def fits(k: int, c: Tensor) -> None:
-    """Raise ``UsageError`` when ``k`` tokens do not fit the ids (B, L) beside start and end."""
-    if not 0 < k <= c.shape[1] - 2:
-        raise UsageError(f"k = {k} tokens do not fit this text encoder; give k from 1 to {c.shape[1] - 2}")
+def fits(target: TextToImage, **count: int) -> None:
+    """Raise ``UsageError`` when so many tokens, given under their field's name, do not fit the text encoder beside start and end."""
+    room = target.tokens([""]).shape[1] - 2
+    for name, k in count.items():
+        if not 0 < k <= room:
+            raise UsageError(f"{name} = {k} tokens do not fit this text encoder; give {name} from 1 to {room}")
 
 
 def simplex(u: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..config import later
 from ..errors import UsageError
 from ..inversion import words
 from ..targets.base import TextToImage
-from ._search import insert, keep_rows, nearest, noise, ordinary, original, pictures, sentences, soft, stream, tables, uniform
+from ._search import fits, insert, keep_rows, nearest, noise, ordinary, original, pictures, sentences, soft, stream, tables, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +127,8 @@ class P4D(Attack):
     def _layout(self, target: TextToImage, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) with 0 in the slots, and the slots (B, S), filled up with -1 where a prompt has fewer."""
         room = target.tokens([""]).shape[1] - 2
-        if self.variant != "k" and not 0 < self.n <= room:
-            raise UsageError(f"n = {self.n} tokens do not fit this text encoder; give n from 1 to {room}")
+        if self.variant != "k":
+            fits(target, n=self.n)
         if self.variant == "k" and self.k < 1:
             raise UsageError(f"k = {self.k} leaves no tokens of the prompt between those that are searched; give k from 1 on")
         if self.check < 1:

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..inversion import words
 from ..judges._clip import embed_images, embed_texts
 from ..targets.base import TextToImage
-from ._search import checkpoints, clip_of, nearest, noise, ordinary, pictures, sentences, soft, stream, tables, uniform
+from ._search import checkpoints, clip_of, fits, nearest, noise, ordinary, pictures, sentences, soft, stream, tables, uniform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,7 @@ class PH2P(Attack):
                 return
 
     def _fits(self, target: TextToImage) -> None:
-        room = target.tokens([""]).shape[1] - 2
-        if not 0 < self.k <= room:
-            raise UsageError(f"k = {self.k} tokens do not fit this text encoder; give k from 1 to {room}")
+        fits(target, k=self.k)
         if not 0 <= self.low < self.high <= target.train_steps:
             raise UsageError(f"noise levels {self.low} to {self.high} are none; give low below high, both from 0 to {target.train_steps}")
 

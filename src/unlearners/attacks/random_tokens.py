@@ -47,7 +47,7 @@ class RandomTokens(Attack):
     """prompts attacked together; changes memory and speed, not the search"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
-        fits(self.k, target.tokens([""]))
+        fits(target, k=self.k)
         words = torch.tensor([i for i in range(target.vocabulary) if i not in target.special])
         left, rng = list(range(len(items))), [stream(i) for i in items]
         for n in range(self.tries):
