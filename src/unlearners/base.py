@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, final
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from .sandbox import roomy, sandbox
 Row = dict[str, float]
 Relabel = Literal["other", "any", "next"]
 Kind = Literal["style", "object", "identity", "nsfw", "class", "samples"]
+Auto = Literal["auto"]
+"""a setting that ``resolve`` chooses by the kind of the task and the family of the model"""
 
 
 class Stateful(Protocol):
@@ -263,7 +265,14 @@ class Method(ABC):
 
     @abstractmethod
     def run(self, target: Any, task: Task) -> Iterator[Row]:
-        """Edit ``target`` in place, yielding what to log."""
+        """Edit ``target`` in place, yielding what to log. No field is "auto" here."""
+
+    def resolve(self, target: Any, task: Task) -> Self:
+        """The same settings with a value in place of every "auto", chosen by ``task.kind`` and the family of ``target``.
+
+        ``target`` is read, not changed. Methods with "auto" fields override this; use ``settle`` to call it.
+        """
+        return self
 
     @final
     def __call__(self, target: Any, task: Task, *, seed: int = 0, log: Callable[[Row], None] | None = None) -> Any:
@@ -277,8 +286,9 @@ class Method(ABC):
         target.suits(task)
         if self.runtime and target.guide:
             raise UsageError(f"the target already has a guide that acts at generation time; use {kebab(self)} on the model below it")
-        with sandbox(target, seed, bare=not self.runtime), roomy(self):
-            for row in self.run(target, task):
+        method = settle(self, target, task)
+        with sandbox(target, seed, bare=not self.runtime), roomy(method):
+            for row in method.run(target, task):
                 bad = next((k for k, v in row.items() if not math.isfinite(v)), None)
                 if bad is not None:
                     if target.session:
@@ -293,6 +303,30 @@ def require(part: Any, target: Target) -> None:
     """Refuse a target of a family that ``part`` cannot serve."""
     if not isinstance(target, part.needs):
         raise misfit(kebab(part), part.needs, type(target))
+
+
+Part = TypeVar("Part", bound="Method | Attack")
+
+
+def settle(part: Part, target: Any, task: Task) -> Part:
+    """``part`` with a value in place of every "auto".
+
+    Raises ``UsageError`` when no rule gives a field its value for this kind of task and this family.
+    """
+    settled = part.resolve(target, task)
+    for name, value in vars(settled).items():
+        if value == "auto":
+            raise UsageError(
+                f"{kebab(part)} has no automatic value of '{name}' for a task of kind '{task.kind}' on a {type(target).__name__}; "
+                f"set '{name}' yourself"
+            )
+    return settled
+
+
+def chosen(part: Method | Attack, settled: Method | Attack) -> dict[str, Any]:
+    """The fields that ``settle`` decided, as JSON: {field: value}."""
+    before, after = config.to_dict(part), config.to_dict(settled)
+    return {name: after[name] for name in after if after[name] != before[name]}
 
 
 def kebab(part: Any) -> str:
@@ -400,7 +434,11 @@ class Attack(ABC):
     @abstractmethod
     def run(self, target: Any, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         """Attack ``items``, at most ``batch``, together. ``hit({index: proposal})`` costs one query each and returns the indices that
-        succeeded; those are done and should be dropped. Yields what to log."""
+        succeeded; those are done and should be dropped. Yields what to log. No field is "auto" here."""
+
+    def resolve(self, target: Any, task: Task) -> Self:
+        """The same settings with a value in place of every "auto"; see ``Method.resolve``."""
+        return self
 
     @final
     def __call__(
@@ -422,18 +460,19 @@ class Attack(ABC):
         the index of each item that was broken and the picture (3, H, W) that shows it.
         """
         require(self, target)
+        attack = settle(self, target, task)
         shown = judge.shows(_replay(target, [(i, Adversarial(prompt=i.prompt)) for i in items]), task)
         verdicts = [Verdict(prompt=i.prompt, seed=i.seed, before=b, success=b) for i, b in zip(items, shown, strict=True)]
         left, final = [k for k, v in enumerate(verdicts) if not (v.success or items[k].spared)], {(v.prompt, v.seed): v for v in known}
-        for part in batches(len(left), self.batch):
+        for part in batches(len(left), attack.batch):
             ids = left[part]
             if all((items[k].prompt, items[k].seed) in final for k in ids):
                 for k in ids:
                     verdicts[k] = final[items[k].prompt, items[k].seed]
                 continue
-            with sandbox(target, seed), roomy(self):
+            with sandbox(target, seed), roomy(attack):
                 hit = _hit(target, task, judge, [(k, items[k], verdicts[k]) for k in ids], found)
-                for row in self.run(target, task, [items[k] for k in ids], hit):
+                for row in attack.run(target, task, [items[k] for k in ids], hit):
                     if log:
                         log(row)
             if keep:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import __version__, config, judges, patch, registry, tasks
-from .base import Attack, Item, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, kebab, require
+from .base import Attack, Item, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, chosen, kebab, require, settle
 from .errors import UsageError
 from .files import locked, replacing, sentence, write_json, write_text
 from .meter import Meter
@@ -88,7 +88,7 @@ def _erase(run: Run, folder: Path, device: str, force: bool, progress: Progress 
         "base": None,
         "error": None,
     }
-    record |= {"env": environment(device), "weights": None, "time": None, "data": None, "warnings": []}
+    record |= {"env": environment(device), "weights": None, "time": None, "data": None, "warnings": [], "chosen": {}}
     write_json(folder / "run.json", record)
     try:
         (base, stack, family, forced), below = root(where), guide_run(where)
@@ -100,6 +100,8 @@ def _erase(run: Run, folder: Path, device: str, force: bool, progress: Progress 
         record |= {"family": kebab(model), "base": model.base, "start": config.content_hash([start, below["hash"]] if below else start)}
         record |= {"guide": record["guide"] or (below["guide"] if below else "")}
         put_guide(model, below)
+        method = settle(run.method, model, run.task)
+        record |= {"chosen": chosen(run.method, method)}
         if isinstance(model, Trainable) and run.task.forget.source:
             record["data"] = _noted(model, run.task, folder)
         write_json(folder / "run.json", record)
@@ -116,7 +118,7 @@ def _erase(run: Run, folder: Path, device: str, force: bool, progress: Progress 
                 method(model, run.task, seed=run.seed, log=log)
         finally:
             write_json(folder / "spent.json", spent + meter.seconds)
-            record |= {"weights": _save_weights(folder, run, model, bare, start), "warnings": list(model.warnings)}
+            record |= {"weights": _save_weights(folder, run, method, model, bare, start), "warnings": list(model.warnings)}
         record |= {"status": "done", "time": {"seconds": spent + meter.seconds + cached[0], "peak_memory": meter.peak}}
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
@@ -141,18 +143,20 @@ def _noted(model: Trainable, task: Task, folder: Path) -> dict[str, Any]:
     return {"source": task.forget.source, "digest": forget.digest, "forget": len(forget), "retain": kept, "classes": len(forget.classes)}
 
 
-def _save_weights(folder: Path, run: Run, model: Target, base: Mapping[str, str], start: Mapping[str, str]) -> dict[str, Any]:
+def _save_weights(
+    folder: Path, run: Run, method: Method, model: Target, base: Mapping[str, str], start: Mapping[str, str]
+) -> dict[str, Any]:
     """Save all that differs from ``base``, the model without patches, so that the file stands alone; say what changed since ``start``.
 
     A method that acts at generation time has no weights of its own, and what lies below it is loaded from there.
     """
     now = patch.fingerprint(model.modules)
-    tensors = {} if run.method.runtime else patch.diff(base, model.modules)
-    allowed = set() if run.method.runtime else {patch.hub_key(n) for n in model.select(run.method.params)}
+    tensors = {} if method.runtime else patch.diff(base, model.modules)
+    allowed = set() if method.runtime else {patch.hub_key(n) for n in model.select(method.params)}
     changed = sorted(n for n in now if now[n] != start[n])
     weights = {patch.hub_key(n) for n in model.named()}  # buffers, such as running statistics, are not selected
     touched = {name.partition(".")[0] for name in tensors}
-    meta = {"run": run.hash, "method": kebab(run.method), "concepts": json.dumps(run.task.concepts), "unlearners": __version__}
+    meta = {"run": run.hash, "method": kebab(method), "concepts": json.dumps(run.task.concepts), "unlearners": __version__}
     path = folder / "weights.safetensors"
     if tensors:
         hashes = {c: h for c, h in model.base["sha256"].items() if c in touched}
@@ -319,6 +323,7 @@ def _attack(
         path,
         {
             "attack": asked["attack"],
+            "chosen": chosen(attack, settle(attack, model, task)),
             "asked": asked,
             "access": attack.access,
             "level": attack.level,

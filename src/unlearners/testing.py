@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import config, patch, registry
-from .base import Adversarial, Attack, Data, Item, Judge, Method, Metric, Probe, Request, Score, Target, Task, Verdict, kebab
+from .base import Adversarial, Attack, Data, Item, Judge, Method, Metric, Probe, Request, Score, Target, Task, Verdict, kebab, settle
 from .errors import UnlearnError, UsageError
 from .targets.base import Chat, DualEncoder, Trainable
 from .tasks import from_concept
@@ -33,7 +33,7 @@ def tiny_targets(needs: type[Target] = Target) -> list[Target]:
 def quick(part: Any, steps: int = 2) -> Any:
     """``part`` with its ``BUDGETS`` cut, and with no ``goal`` that would have to be reached: random weights know nothing."""
     names = {f.name for f in fields(part)}
-    cut: dict[str, Any] = {n: min(steps, getattr(part, n)) for n in BUDGETS if n in names}
+    cut: dict[str, Any] = {n: steps if (v := getattr(part, n)) == "auto" else min(steps, v) for n in BUDGETS if n in names}
     return replace(part, **cut, **({"goal": -1.0} if "goal" in names else {}))
 
 
@@ -101,7 +101,7 @@ def check_method(method: Method, targets: Sequence[Target] | None = None) -> Non
     assert again == method, "to_dict and build must give the same method back"
     method = quick(method)
     chosen = list(targets) if targets is not None else tiny_targets(method.needs)
-    if not method.runtime and method.params != type(method)().params:  # a preset may name weights that one family alone has
+    if not method.runtime and method.params not in ("auto", type(method)().params):  # a preset may name weights that one family has
         chosen = [t for t in chosen if _has(t, method.params)]
     assert chosen, f"no target family serves {method.needs.__name__}"
     for target in chosen:
@@ -126,7 +126,7 @@ def check_method(method: Method, targets: Sequence[Target] | None = None) -> Non
             _check_guide(method, target, first, task)
             continue
         assert changed or method.paper == "control", "the method changed nothing"
-        assert changed <= set(target.select(method.params)), "the method changed weights outside its selection"
+        assert changed <= set(target.select(settle(method, target, task).params)), "the method changed weights outside its selection"
         second = target.frozen()
         method(second, task, seed=3)
         assert not _changed(_values(first), _values(second)), "the same seed must give the same weights"

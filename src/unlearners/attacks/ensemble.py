@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from .. import registry
-from ..base import Adversarial, Attack, Hit, Item, Row, Task, require
+from ..base import Adversarial, Attack, Hit, Item, Row, Task, require, settle
 from ..diffusion import batches
 from ..errors import UsageError
 from ..targets.base import TextToImage
@@ -60,6 +60,7 @@ class Ensemble(Attack):
         found, seed, left = [_made(m) for m in self.members], torch.initial_seed(), list(range(len(items)))
         for attack in found:
             require(attack, target)
+        found = [settle(attack, target, task) for attack in found]
         for n, (name, attack) in enumerate(zip(self.members, found, strict=True)):
             won: set[int] = set()
             for part in batches(len(left), attack.batch):

@@ -142,6 +142,8 @@ def cut(part: Any) -> Any:
         value = getattr(part, f.name)
         if dataclasses.is_dataclass(value):
             lower[f.name] = cut(value)
+        elif f.name in CUT and value == "auto":
+            lower[f.name] = CUT[f.name]
         elif f.name in CUT and type(value) is int:
             lower[f.name] = min(value, CUT[f.name])
         elif f.name == "goal":
