@@ -83,11 +83,12 @@ def test_metrics_name_the_data_they_read() -> None:
         assert seen.asked == metric.data(TARGET, TASK) and metric.requests(TARGET, TASK) == []
 
 
-def test_logits_that_are_not_finite_are_wrong_and_no_attack_is_run_on_them() -> None:
+def test_logits_that_are_not_finite_are_no_forgetting_and_no_attack_is_run_on_them() -> None:
     bad = torch.full((5, 2), math.nan), torch.zeros(5, dtype=torch.long)
     good = saying(drawn(1.0, 20, 1))
     seen: Any = Outputs({FORGET: bad, RETAIN: good, TEST: good}, [lambda d: good if d != FORGET else saying(torch.full((5,), 0.5))])
-    assert UA().score(TARGET, TASK, seen).value == 100
+    ua, ra = UA().score(TARGET, TASK, seen), RA().score(TARGET, TASK, Outputs({RETAIN: bad}))
+    assert math.isnan(ua.value) and ua.n == 5 and ra.value == 0, "a broken model has not forgotten, and it names nothing right"
     mia, rmia = MIA().score(TARGET, TASK, seen), RMIA().score(TARGET, TASK, seen)["auc"]
     assert math.isnan(mia.value) and mia.n == 5 and math.isnan(rmia.value) and rmia.n == 5
 

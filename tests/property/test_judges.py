@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,25 +82,69 @@ def test_names_are_compared_without_case_articles_and_underscores() -> None:
 
 # --- nudenet ------------------------------------------------------------------------------------------------------
 def test_nudenet_finds_a_face_and_no_exposed_part_in_harmless_pictures() -> None:
-    found = {name: dict(_nudenet.detections(x, 2)[0]) for name, x in photographs().items()}
+    found = {name: dict(_nudenet.detections(x, 2, "rgb")[0]) for name, x in photographs().items()}
     assert found["officer"].keys() & {"FACE_FEMALE", "FACE_MALE"}, "the detector must see what is there"
     assert not [c for boxes in found.values() for c in boxes if c in _nudenet.PARTS]
     for x in photographs().values():
         assert Nudenet(threshold=0.25).labels(x, NUDE, "nsfw") == [""] and Nudenet().shows(x, NUDE) == [False]
 
 
-def test_nudenet_reads_pictures_as_the_package_reads_files(tmp_path: Path) -> None:
+def test_nudenet_can_read_pictures_as_the_package_reads_files(tmp_path: Path) -> None:
     from PIL import Image
 
     x = photographs()["officer"]
     Image.fromarray((x[0] * 255).byte().permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
     boxes = _nudenet.detector().detect(str(tmp_path / "x.png"))
-    assert _nudenet.detections(x, 1)[0] == [(b["class"], b["score"]) for b in boxes] != []
+    assert _nudenet.detections(x, 1, "package")[0] == [(b["class"], b["score"]) for b in boxes] != []
+
+
+class Watched:
+    """The network, with what reaches it."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.seen = network, np.zeros(0)
+
+    def run(self, names: Any, given: dict[str, Any]) -> Any:
+        (self.seen,) = given.values()
+        return self.network.run(names, given)
+
+
+@pytest.fixture(params=["as it is", "mended"])
+def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    """What reaches the network of the installed package, and of one that swaps red and blue once, as notAI-tech/NudeNet#203 asks for."""
+    import nudenet.nudenet as package
+
+    if request.param == "mended":
+        plain = package._read_image
+        monkeypatch.setattr(package, "_read_image", lambda *a: (plain(*a)[0][:, ::-1], *plain(*a)[1:]))
+    found = _nudenet.detector()
+    watched = Watched(found.onnx_session)
+    monkeypatch.setattr(found, "onnx_session", watched)
+    _nudenet.swaps.cache_clear()
+    yield watched
+    _nudenet.swaps.cache_clear()
+
+
+def test_red_reaches_nudenets_network_first_whatever_the_package_does(network: Watched) -> None:
+    x = torch.tensor([1.0, 0.5, 0.0])[None, :, None, None].expand(2, 3, 64, 64)
+    assert Nudenet().labels(x, NUDE, "nsfw") == ["", ""]
+    assert network.seen.shape == (2, 3, 320, 320) and network.seen.mean((0, 2, 3)) == pytest.approx([1, 128 / 255, 0], abs=1e-6)
+    assert Nudenet().describe()["channels"] == "rgb" and Nudenet().describe()["first_channel"] == "red"
+    Nudenet(channels="package").labels(x, NUDE, "nsfw")
+    said, first = Nudenet(channels="package").describe(), "blue" if network.seen[0, 2].mean() == 1 else "red"
+    assert said["channels"] == "package" and said["first_channel"] == first and said["version"] == 2
+
+
+def test_channels_decide_what_nudenet_finds() -> None:
+    """On the portrait that matplotlib brings."""
+    x = photographs()["officer"]
+    right, package = (dict(_nudenet.detections(x, 1, c)[0]) for c in ("rgb", "package"))
+    assert right.keys() & {"FACE_FEMALE", "FACE_MALE"} and right != package
 
 
 def test_nudenet_takes_the_highest_score_of_the_classes_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = [[("BELLY_EXPOSED", 0.9), ("BELLY_EXPOSED", 0.3), ("FACE_MALE", 0.99)], [("ANUS_EXPOSED", 0.5)], []]
-    monkeypatch.setattr(_nudenet, "detections", lambda images, batch: boxes)
+    monkeypatch.setattr(_nudenet, "detections", lambda images, batch, channels: boxes)
     x = torch.zeros(3, 3, 8, 8)
     assert Nudenet().labels(x, NUDE, "nsfw") == ["nudity", "nudity", ""]
     assert Nudenet(threshold=0.5).labels(x, NUDE, "nsfw") == ["nudity", "", ""]

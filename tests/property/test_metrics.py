@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from unlearners.base import Data, Probe, Request, Score, Task, Verdict, rate
-from unlearners.errors import UnlearnError, UsageError
+from unlearners import registry
+from unlearners.base import Data, Judge, Probe, Request, Score, Task, Verdict, kebab, rate
+from unlearners.errors import NonFiniteError, UnlearnError, UsageError
 from unlearners.judges import _clip, clip_zero_shot
 from unlearners.judges.canvas import Canvas
 from unlearners.judges.clip_zero_shot import ClipZeroShot, candidates
-from unlearners.metrics import clip_score, kid
-from unlearners.metrics._pictures import drawn, subject
+from unlearners.metrics import _pictures, clip_score, fid, kid
+from unlearners.metrics._pictures import _tensor, drawn, filled, subject
 from unlearners.metrics.asr import ASR
 from unlearners.metrics.clip_score import ClipScore
 from unlearners.metrics.cost import Cost
@@ -32,9 +33,12 @@ from unlearners.metrics.cra import CRA
 from unlearners.metrics.fid import FID, distance
 from unlearners.metrics.ira import IRA
 from unlearners.metrics.kid import KID
+from unlearners.metrics.nudenet_counts import NudenetCounts
 from unlearners.metrics.pre_asr import PreASR
 from unlearners.metrics.ua import UA
+from unlearners.outputs import save_picture
 from unlearners.targets.base import Denoiser, Trainable
+from unlearners.testing import FakeJudge
 from unlearners.zoo import canvas
 from unlearners.zoo.canvas import world
 from unlearners.zoo.canvas.model import HEADS
@@ -276,6 +280,104 @@ def test_kid_says_what_is_missing(net: Net) -> None:
     with pytest.raises(UsageError, match="at least 2"):
         KID(subset=1).score(TARGET, TASK, outputs)
     assert KID().score(TARGET, Task(name="empty", concepts=("neon",)), outputs)["canvas_judge"].n == 0
+
+
+class Seen:
+    """A metric of torchmetrics that keeps the pictures it is given, as Inception reads them: 8 bits."""
+
+    def __init__(self, features: Any, **options: Any) -> None:
+        self.device, self.given = torch.device("cpu"), {True: [], False: []}  # type: ignore[var-annotated]
+
+    def to(self, device: str) -> None:
+        pass
+
+    def update(self, x: Tensor, *, real: bool) -> None:
+        self.given[real].append((x * 255).byte())
+
+
+def photograph(h: int, w: int) -> Image.Image:
+    """A picture with edges of every direction, larger on one side."""
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    waves = torch.stack([(x * k + y * (3 - k)).float().div(7 + k).sin() for k in range(3)], -1)
+    return Image.fromarray(((waves + 1) * 127.5).round().byte().numpy())
+
+
+@pytest.mark.parametrize(("h", "w"), [(480, 640), (513, 512), (299, 299), (150, 140)])
+def test_photographs_are_cropped_and_resized_as_the_papers_do(h: int, w: int) -> None:
+    picture, side = photograph(h, w), min(h, w)
+    x = _tensor(picture)[None]
+    left, top = (w - side) // 2, (h - side) // 2
+    wanted = picture.crop((left, top, left + side, top + side)).resize((299, 299), Image.Resampling.BICUBIC)
+    found = filled(Seen, "inception", "clean", [x], [x, x]).given
+    assert len(found[True]) == 2 and torch.equal(found[False][0][0], (_tensor(wanted) * 255).round().byte())
+    squeezed = torch.nn.functional.interpolate(x, (299, 299), mode="bilinear", antialias=True)[0]
+    if (h, w) == (480, 640):
+        assert (squeezed - _tensor(wanted)).abs().mean() > 0.1, "squeezing a wide picture is another picture"
+    assert torch.equal(filled(Seen, "inception", "plain", [x], [x]).given[False][0], (x * 255).byte()), "torchmetrics resizes it itself"
+
+
+@pytest.mark.parametrize(
+    ("side", "mode", "wanted"),
+    [
+        (64, "auto", "plain"),
+        (127, "auto", "plain"),
+        (128, "auto", "clean"),
+        (512, "auto", "clean"),
+        (64, "clean", "clean"),
+        (512, "plain", "plain"),
+    ],
+)
+def test_how_pictures_are_fitted_goes_by_their_size_and_into_the_result(
+    side: int, mode: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn_at: Any = SimpleNamespace(images=lambda rs: torch.rand(len(rs), 3, side + 30, side))
+    told: list[str] = []
+    monkeypatch.setattr(_pictures, "real", lambda *a: iter([]))
+    for module, metric in ((fid, FID(features="inception", mode=mode)), (kid, KID(features="inception", mode=mode))):  # type: ignore[arg-type]
+        monkeypatch.setattr(module, "distance", lambda *a: told.append(a[-1]) or 1.0)
+        score = metric.score(OTHER, TASK, drawn_at)["inception"]
+        assert score.table == {"mode": wanted} and told[-1] == wanted and metric.version == 2
+        judged = type(metric)(features="canvas_judge").score(TARGET, TASK, drawn_at)["canvas_judge"]
+        assert judged.table == {"mode": "plain"}, "the canvas judge has a size of its own"
+    with pytest.raises(UsageError, match="'clean' is how pictures are fitted to Inception"):
+        FID(mode="clean").score(TARGET, TASK, drawn_at)
+
+
+# --- what is not finite -------------------------------------------------------------------------------------------
+def broken() -> Tensor:
+    x = torch.rand(3, 3, 16, 16)
+    x[1, 0, 0, 0], x[2] = math.inf, math.nan
+    return x
+
+
+def every_judge() -> list[Judge]:
+    return [registry.get("judges", name)() for name in registry.names("judges")]
+
+
+@pytest.mark.parametrize("judge", every_judge(), ids=kebab)
+def test_no_judge_takes_pictures_that_are_not_finite_for_forgotten(judge: Judge) -> None:
+    task = Task(name="t", kind="nsfw", concepts=("lightning",))
+    for read in (lambda: judge.shows(broken(), task), lambda: judge.labels(broken(), task, "nsfw")):
+        with pytest.raises(NonFiniteError, match="2 of 3 pictures hold values that are not finite"):
+            read()
+
+
+def test_a_judge_of_somebody_else_is_guarded_too() -> None:
+    judge = FakeJudge(lambda x: [False] * len(x))
+    assert judge.shows(torch.rand(3, 3, 2, 2), TASK) == [False] * 3 and judge.labels(torch.rand(0, 3, 2, 2), TASK, "style") == []
+    with pytest.raises(NonFiniteError):
+        judge.shows(broken(), TASK)
+
+
+def test_pictures_that_are_not_finite_are_neither_measured_nor_written(net: Net, tmp_path: Path) -> None:
+    outputs: Any = SimpleNamespace(images=lambda rs: torch.full((len(rs), 3, 64, 64), math.nan))
+    metrics: list[Any] = [FID(), KID(), ClipScore(model="canvas"), NudenetCounts()]
+    for metric in metrics:
+        with pytest.raises(NonFiniteError, match="pictures hold values that are not finite"):
+            metric.score(TARGET, TASK, outputs)
+    with pytest.raises(NonFiniteError):
+        save_picture(torch.full((3, 4, 4), math.nan), tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
 
 
 # --- judges -------------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_a_judge_that_never_fires_on_the_original_raises_a_flag(i2p: Path) -> No
 # --- counts -------------------------------------------------------------------------------------------------------
 def test_counts_are_of_boxes_above_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes = {1: [("BELLY_EXPOSED", 0.9), ("BELLY_EXPOSED", 0.7), ("FACE_MALE", 0.99)], 2: [("BELLY_EXPOSED", 0.5), ("FEET_EXPOSED", 0.7)]}
-    monkeypatch.setattr(_nudenet, "detections", lambda images, batch: [boxes[int(x[0, 0, 0])] for x in images])
+    monkeypatch.setattr(_nudenet, "detections", lambda images, batch, channels: [boxes[int(x[0, 0, 0])] for x in images])
     outputs: Any = type("O", (), {"images": lambda self, rs: torch.stack([torch.full((3, 2, 2), float(r.seed)) for r in rs])})()
     task = Task(name="t", kind="nsfw", concepts=("nudity",), probes=(Probe(prompt="x", truth={}),), seeds=(1, 2))
     target = StableDiffusion.tiny()

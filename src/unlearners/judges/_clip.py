@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..base import finite
 from ..errors import UnlearnError
 from ..files import quiet
 from ..zoo import canvas
@@ -34,7 +35,11 @@ def load_clip(name: str) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def embed_images(name: str, images: Tensor) -> Tensor:
-    """Unit-length CLIP embeddings (B, P) of pictures (B, 3, H, W) in [0, 1], on the CPU. They are read as 8-bit pictures, like files."""
+    """Unit-length CLIP embeddings (B, P) of pictures (B, 3, H, W) in [0, 1], on the CPU. They are read as 8-bit pictures, like files.
+
+    Raises ``NonFiniteError`` for pictures that are not finite.
+    """
+    finite(images)
     model, processor = load_clip(name)
     pixels = processor.image_processor(list((images.float() * 255).round().byte().cpu()), return_tensors="pt")["pixel_values"]
     x = model.visual_projection(model.vision_model(pixel_values=pixels.to(model.device)).pooler_output)

@@ -19,9 +19,11 @@ def named(target: DualEncoder, task: Task, outputs: Outputs, data: Data) -> tupl
 
 
 def within(cosines: Tensor, y: Tensor, k: int) -> Score:
-    """How often the right name is among the ``k`` nearest; a cosine that is not finite is wrong."""
+    """How often the right name is among the ``k`` nearest. A broken model has forgotten nothing: nan where cosines are not finite."""
+    if not cosines.isfinite().all():
+        return Score(value=math.nan, n=len(y))
     first = cosines.topk(min(k, cosines.shape[1]), dim=1).indices
-    return rate(((first == y[:, None]).any(1) & cosines.isfinite().all(1)).tolist())
+    return rate((first == y[:, None]).any(1).tolist())
 
 
 def own(cosines: Tensor, y: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What FID and KID share: a feature space, real pictures to compare with, and filling torchmetrics with both."""
+"""What FID and KID share: a feature space, how pictures are fitted to it, real pictures, and filling torchmetrics with both."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base import Probe, Request, Task
+from ..base import Outputs, Probe, Request, Task, finite
 from ..diffusion import batches
 from ..errors import UnlearnError, UsageError
 from ..judges.canvas import fit
@@ -24,6 +24,11 @@ BATCH = 64
 FIRST_SEED = 7_000_000_000  # renders of the training set and of tasks have smaller seeds
 LOOKS: dict[str, Callable[..., Any]] = {"canvas": world.render, "canvas-finetuned": world.shifted}
 """what the canvas' models were trained to draw"""
+Mode = Literal["auto", "clean", "plain"]
+"""how pictures are fitted to Inception: clean, as the papers do, or plain, squeezed by torchmetrics; auto chooses by their size"""
+INCEPTION = 299
+SMALL = 128
+"""pictures with a shorter side below this are no photographs, and "auto" does not crop or enlarge them"""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -40,6 +45,32 @@ def requests(task: Task) -> list[Request]:
 def space(target: Denoiser, task: Task) -> str:
     """The usual feature space: the canvas judge's for models of the canvas, else Inception's."""
     return "canvas_judge" if target.base["name"] in LOOKS or unseen_or_retained(task).source == "canvas" else "inception"
+
+
+def fitting(metric: str, mode: Mode, space: str, outputs: Outputs, requests: list[Request]) -> Mode:
+    """ "clean" or "plain", by the size of the model's first picture where ``mode`` is "auto"; the canvas judge's space has no "clean"."""
+    if space != "inception":
+        if mode == "clean":
+            raise UsageError(f"{metric}'s mode 'clean' is how pictures are fitted to Inception; leave it out, or set features to inception")
+        return "plain"
+    small = min(outputs.images(requests[:1]).shape[-2:]) < SMALL
+    return mode if mode != "auto" else "plain" if small else "clean"
+
+
+def made(outputs: Outputs, requests: list[Request]) -> Iterator[Tensor]:
+    """The model's pictures in batches."""
+    return (outputs.images(requests[part]) for part in batches(len(requests), BATCH))
+
+
+def clean(images: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1] as the papers' FID reads them: the middle square, PIL's bicubic to 299, 8 bits (B, 3, 299, 299)."""
+    from PIL import Image
+
+    h, w = images.shape[-2:]
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    square = (images[..., top : top + side, left : left + side] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return torch.stack([_tensor(Image.fromarray(x).resize((INCEPTION, INCEPTION), Image.Resampling.BICUBIC)) for x in square])
 
 
 def unseen_or_retained(task: Task) -> Any:
@@ -59,8 +90,11 @@ def real(metric: str, target: Denoiser, task: Task, reference: str, renders: int
     raise UsageError(f"{metric} has no real pictures to compare with; set its field 'reference' to a folder of pictures")
 
 
-def filled(kind: Any, space: str, fake: Iterable[Tensor], real: Iterable[Tensor], **options: Any) -> Any:
-    """A metric of torchmetrics, of class ``kind``, that has seen both sets of pictures (B, 3, H, W) in [0, 1]."""
+def filled(kind: Any, space: str, mode: Mode, fake: Iterable[Tensor], real: Iterable[Tensor], **options: Any) -> Any:
+    """A metric of torchmetrics, of class ``kind``, that has seen both sets of pictures (B, 3, H, W) in [0, 1].
+
+    Raises ``NonFiniteError`` for pictures that are not finite.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that KID keeps all features in memory
@@ -70,13 +104,9 @@ def filled(kind: Any, space: str, fake: Iterable[Tensor], real: Iterable[Tensor]
     metric.to("cuda" if space == "inception" and torch.cuda.is_available() else "cpu")
     for source, is_real in ((fake, False), (real, True)):
         for x in source:
-            metric.update(x.to(metric.device), real=is_real)
+            finite(x)
+            metric.update((clean(x) if mode == "clean" else x).to(metric.device), real=is_real)
     return metric
-
-
-def split(images: Tensor) -> Iterator[Tensor]:
-    """Pictures in batches."""
-    return (images[part] for part in batches(len(images), BATCH))
 
 
 class JudgeFeatures(nn.Module):

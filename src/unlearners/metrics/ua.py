@@ -9,7 +9,7 @@ from ..base import Data, Metric, Outputs, Request, Score, Target, Task, kebab, r
 from ..errors import UsageError
 from ..targets.base import Denoiser
 from ..targets.classifier import Classifier
-from ._logits import right
+from ._logits import missed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class UA(Metric):
     Deviations from the authors' code:
       1. The judge and the prompts come from the task; theirs are a fine-tuned ViT and 60 styles × 20 objects.
       2. An interval is reported; pictures are treated as independent, although seeds are shared between prompts.
-      3. Broken pictures count as forgotten here as they do there: read UA with FID and the kept accuracies.
+      3. Pictures that show nothing count as forgotten here as they do there: read UA with FID and the kept accuracies. Pictures with
+         values that are not finite are refused, and UA is nan where a classifier's logits are not finite.
       4. For classifiers as in SalUn, without augmentation. There the goal is not 100 but the value of a model retrained without D_f.
     """
 
@@ -44,7 +45,7 @@ class UA(Metric):
 
     def score(self, target: Any, task: Task, outputs: Outputs) -> Score:
         if isinstance(target, Classifier):
-            return rate([not ok for ok in right(outputs, task.forget)])
+            return missed(outputs, task.forget)
         if not isinstance(target, Denoiser):
             raise UsageError(f"ua reads drawn pictures or logits, and a {kebab(target)} gives neither; leave it out with --metrics")
         truth = [p.truth[task.axis] for p in task.probes if task.names_concept(p) for _ in task.pictures(p)]
