@@ -85,7 +85,7 @@ def official(target: Given, folder: Path, layers: int, steps: int, seen: dict[st
     start = perf_counter()
     theta = target.named()
     names = single_layer.candidates(theta)
-    found = single_layer.layers({n: theta[n] for n in names}, grads["forget"], grads["retain"])
+    found = single_layer.layers({n: theta[n] for n in names}, grads["forget"], [grads["retain"]])
     front = single_layer.pareto(found)
     seen["layers"] = perf_counter() - start
     start = perf_counter()

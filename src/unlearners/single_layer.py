@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Tensors = Mapping[str, Tensor]
@@ -27,6 +28,13 @@ class Layer(NamedTuple):
     """||g|| / ||theta||"""
     alignment: float
     """|cos(g, r)|, or cos(g, r) where it is asked for signed"""
+    each: tuple[float, ...] = ()
+    """the alignment with every r by itself, where r was taken several times, from batches made otherwise"""
+
+    @property
+    def spread(self) -> float:
+        """Largest minus smallest alignment."""
+        return max(self.each) - min(self.each) if self.each else 0.0
 
 
 class Point(NamedTuple):
@@ -35,6 +43,8 @@ class Point(NamedTuple):
     alpha: float
     fa: float
     ta: float
+    kept: float = 0.0
+    """a finer measure of the utility, higher is better: it tells steps of equal ``ta`` apart"""
 
 
 def candidates(names: Mapping[str, Tensor], *, norms: bool = False, leave: str = "") -> list[str]:
@@ -47,16 +57,26 @@ def candidates(names: Mapping[str, Tensor], *, norms: bool = False, leave: str =
     ]
 
 
-def layers(theta: Tensors, g: Tensors, r: Tensors, *, signed: bool = False) -> list[Layer]:
-    """Importance and alignment of every tensor (SLUG, eq. 7 and 8); one without a gradient of its own is left out."""
+def layers(theta: Tensors, g: Tensors, r: Sequence[Tensors], *, signed: bool = False) -> list[Layer]:
+    """Importance and alignment of every tensor (SLUG, eq. 7 and 8); one without a gradient of its own is left out.
+
+    ``r`` are gradients of the same data, each from batches made otherwise; the alignment is with their mean.
+    """
     out = []
     for n in theta:
-        size, norm, other = (float(t[n].detach().double().norm()) for t in (theta, g, r))
+        size, norm = (float(t[n].detach().double().norm()) for t in (theta, g))
         if norm == 0 or size == 0:
             continue
-        cos = float((g[n].double() * r[n].double()).sum()) / max(norm * other, 1e-30) if other else 0.0
-        out.append(Layer(n, n.partition(".")[0], norm / size, cos if signed else abs(cos)))
+        mean = torch.stack([k[n].double() for k in r]).mean(0)
+        cos, *each = (_cosine(g[n].double(), k, signed) for k in (mean, *(k[n].double() for k in r)))
+        out.append(Layer(n, n.partition(".")[0], norm / size, cos, tuple(each)))
     return out
+
+
+def _cosine(g: Tensor, r: Tensor, signed: bool) -> float:
+    other = float(r.norm())
+    cos = float((g * r).sum()) / max(float(g.norm()) * other, 1e-30) if other else 0.0
+    return cos if signed else abs(cos)
 
 
 def pareto(found: Sequence[Layer]) -> list[Layer]:
@@ -66,6 +86,32 @@ def pareto(found: Sequence[Layer]) -> list[Layer]:
     """
     front = [a for a in found if not any(b.tower == a.tower and b.importance > a.importance and b.alignment < a.alignment for b in found)]
     return sorted(front, key=lambda a: -a.importance)
+
+
+def steady(found: Sequence[Layer]) -> dict[str, float]:
+    """For each layer the share of the r's whose own front it is in."""
+    n = len(found[0].each) if found else 0
+    fronts = [{a.name for a in pareto([a._replace(alignment=a.each[k]) for a in found])} for k in range(n)]
+    return {a.name: sum(a.name in f for f in fronts) / max(1, n) for a in found}
+
+
+def picked(found: Sequence[Layer], front: Sequence[Layer], rule: str, top: int) -> list[Layer]:
+    """The layers of each tower whose steps are searched. best: the ``top`` first of the front (0: all); deepest: the last block's of the
+    front, of several the worst aligned; importance, alignment, random: one of all layers."""
+    out: list[Layer] = []
+    for tower in dict.fromkeys(a.tower for a in found):
+        own, first = [a for a in found if a.tower == tower], [a for a in front if a.tower == tower]
+        if rule == "importance":
+            out.append(max(own, key=lambda a: a.importance))
+        elif rule == "alignment":
+            out.append(min(own, key=lambda a: a.alignment))
+        elif rule == "random":
+            out.append(own[int(torch.randint(len(own), ()))])
+        elif rule == "deepest":
+            out.append(max(first, key=lambda a: (depth(a.name), a.alignment)))
+        else:
+            out += first[: top or None]
+    return out
 
 
 def depth(name: str) -> int:
@@ -127,7 +173,7 @@ class Step(NamedTuple):
 
     def times(self, f: float) -> Step:
         """``f`` times as far; what it does there is not known."""
-        return Step(self.edit, Point(f * self.point.alpha, self.point.fa, self.point.ta))
+        return Step(self.edit, self.point._replace(alpha=f * self.point.alpha))
 
 
 Score = Callable[[Sequence[float]], list[Point]]
@@ -166,17 +212,18 @@ def search(score: Score, *, first: float, evaluations: int, at_once: int = 1, go
 def choose(points: Sequence[Point], *, goal: float, floor: float) -> tuple[Point, bool]:
     """The point that keeps most among those that forget, and whether it also keeps at least ``floor``.
 
-    Of equal ones the longest step: it forgets with most to spare, also on pictures that took no part in the search.
+    Of equal utility the one with the largest ``kept``, and of those the shortest step. Utility counts answers, and where all are right
+    it does not see what a longer step costs.
 
     Without one that forgets: the one with the largest utility minus forget accuracy.
     """
     forgot = [p for p in points if p.fa <= goal]
-    best = min(forgot, key=lambda p: (-p.ta, -p.alpha)) if forgot else max(points, key=lambda p: (p.ta - p.fa, -p.alpha))
+    best = max(forgot or points, key=lambda p: (p.ta if forgot else p.ta - p.fa, p.kept, -p.alpha))
     return best, bool(forgot) and best.ta >= floor
 
 
 FACTORS = (2.0, 1.5, 1.2, 1.0, 0.85, 0.7, 0.5)
-"""of all steps together; of equal ones the longest is taken"""
+"""of all steps together"""
 NUDGES = (0.6, 0.8, 0.9, 1.1, 1.25, 1.6)
 """of one step, the others as they are"""
 

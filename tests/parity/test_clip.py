@@ -13,7 +13,7 @@ import torch
 from unlearners import clip_maps, targets
 from unlearners.errors import RefusedError, UsageError
 from unlearners.methods.slug import SLUG
-from unlearners.targets.clip import CLIP
+from unlearners.targets.clip import CLIP, MEAN
 from unlearners.testing import quick, task_for
 
 CONFIG = {
@@ -115,3 +115,62 @@ def test_what_open_clip_has_and_transformers_has_not_is_refused(tmp_path: Path, 
         targets.load("open_clip/ViT-B-32")
     with pytest.raises(RefusedError, match="do not match"):
         targets.load(f"{theirs[1]}@open_clip/ViT-B-32")
+
+
+def test_the_loss_is_info_nce_also_where_texts_repeat() -> None:
+    """An equal text elsewhere in the batch is a negative, as in CLIP's training and the authors' code."""
+    target = CLIP.tiny(seed=1)
+    x, texts = torch.rand(5, 3, 16, 16), ["a", "b", "a", "a", "c"]
+    with torch.no_grad():
+        logits = (target.scale * target.images(x) @ target.texts(texts).T).double()
+        wanted = sum(-torch.log(torch.exp(m[i, i]) / torch.exp(m[i]).sum()) for m in (logits, logits.T) for i in range(5)) / 10
+        assert float(target.loss({"x": x, "text": texts})) == pytest.approx(float(wanted), rel=1e-5)
+        alike = float(target.loss({"x": x, "text": ["a"] * 5}))
+    assert alike >= 0.5 * torch.log(torch.tensor(5.0)), "five equal texts cannot be told apart"
+
+
+def _folder(tmp_path: Path, **files: dict[str, Any]) -> Path:
+    """canvas-clip without what says how images are normalized, and with ``files`` instead."""
+    from unlearners.zoo.canvas import FOLDER
+
+    for path in (FOLDER / "clip").iterdir():
+        if "processor" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    for name, held in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(held))
+    return tmp_path
+
+
+def test_an_assumed_normalization_is_said(tmp_path: Path) -> None:
+    target: Any = targets.load(str(_folder(tmp_path)))
+    (said,) = target.warnings
+    assert "no preprocessor_config.json" in said and "0.481, 0.458, 0.408" in said and target.look["mean"] == MEAN
+    assert not targets.load("canvas-clip").warnings and not targets.load("tiny-clip").warnings
+
+
+def test_the_mean_and_std_of_open_clips_file_are_used(tmp_path: Path) -> None:
+    given = {"preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}}
+    target: Any = targets.load(str(_folder(tmp_path, open_clip_config=given)))
+    assert not target.warnings and target.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert target.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+
+
+def test_a_saved_clip_says_how_its_images_are_normalized(tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor
+
+    tiny = CLIP.tiny()
+    tiny.save(tmp_path / "a")
+    one = CLIP(_shell(tmp_path / "a"), tiny.tokenize, {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}, "own", "cpu", torch.float32)
+    one.save(tmp_path)
+    found = CLIPImageProcessor.from_pretrained(tmp_path)
+    assert list(found.image_mean) == [0.1, 0.2, 0.3] and list(found.image_std) == [0.4, 0.5, 0.6]
+    assert found.size["shortest_edge"] == one.side
+
+
+def test_open_clips_own_statistics_come_with_its_weights(monkeypatch: pytest.MonkeyPatch, theirs: tuple[Any, Path]) -> None:
+    target: Any = targets.load(f"{theirs[1]}@open_clip/ViT-tiny-test")
+    assert len(target.warnings) == 1 and "no preprocess_cfg" in target.warnings[0]
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)})
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained: theirs[0])
+    target = targets.load("open_clip/ViT-tiny-test/some")
+    assert not target.warnings and target.look["mean"] == (0.1, 0.2, 0.3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 
 from unlearners import patch, plots, saliency, single_layer, tasks
 from unlearners.base import Data, Task
+from unlearners.data import Examples
 from unlearners.errors import UsageError
 from unlearners.methods._pairs import each, sides
 from unlearners.methods._validation import Dual, scorer
 from unlearners.methods.slug import SLUG
 from unlearners.single_layer import Edit, Layer, Point, Step
+from unlearners.targets.classifier import Classifier
 from unlearners.targets.clip import CLIP
 from unlearners.targets.llava import Llava
 from unlearners.targets.stable_diffusion import StableDiffusion
@@ -39,14 +42,14 @@ def test_nothing_beats_a_layer_of_the_front_and_something_beats_every_other(rows
 
 def test_importance_and_alignment_are_the_papers() -> None:
     theta, g, r = ({"t.w": torch.randn(3, 4, generator=torch.Generator().manual_seed(i))} for i in range(3))
-    (layer,) = single_layer.layers(theta, g, r)
+    (layer,) = single_layer.layers(theta, g, [r])
     flat = {k: v["t.w"].flatten().double() for k, v in (("theta", theta), ("g", g), ("r", r))}
     assert layer.importance == pytest.approx(float(flat["g"].norm() / flat["theta"].norm()))
     cos = float(torch.nn.functional.cosine_similarity(flat["g"], flat["r"], dim=0))
     assert layer.alignment == pytest.approx(abs(cos))
-    (signed,) = single_layer.layers(theta, g, r, signed=True)
+    (signed,) = single_layer.layers(theta, g, [r], signed=True)
     assert signed.alignment == pytest.approx(cos)
-    assert single_layer.layers(theta, {"t.w": torch.zeros(3, 4)}, r) == [], "a layer without a gradient is no candidate"
+    assert single_layer.layers(theta, {"t.w": torch.zeros(3, 4)}, [r]) == [], "a layer without a gradient is no candidate"
 
 
 def test_candidates_are_what_may_be_edited() -> None:
@@ -103,8 +106,10 @@ def test_the_search_ends_early_when_the_bracket_is_narrow() -> None:
 
 def test_the_best_step_forgets_and_keeps_most() -> None:
     points = [Point(0.1, 40.0, 90.0), Point(0.2, 0.0, 88.0), Point(0.3, 0.0, 88.0), Point(0.4, 0.0, 70.0)]
-    assert single_layer.choose(points, goal=0, floor=87) == (points[2], True)
-    assert single_layer.choose(points, goal=0, floor=89) == (points[2], False), "what costs too much is said"
+    assert single_layer.choose(points, goal=0, floor=87) == (points[1], True), "of equal ones the shortest"
+    assert single_layer.choose(points, goal=0, floor=89) == (points[1], False), "what costs too much is said"
+    finer = [p._replace(kept=k) for p, k in zip(points, (99.0, 71.0, 73.0, 80.0), strict=True)]
+    assert single_layer.choose(finer, goal=0, floor=87) == (finer[2], True), "of equal accuracy the one nearest to what it was"
     best, good = single_layer.choose(points[:1], goal=0, floor=0)
     assert best is points[0] and not good
 
@@ -127,7 +132,7 @@ def test_an_edit_is_as_long_as_it_says_and_leaves_no_trace() -> None:
 
 def test_a_small_step_raises_the_forget_loss() -> None:
     target, task = named()
-    at = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0)
+    (at,) = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).of
     D_f = at.forget(task)
     g = saliency.mean(at.theta, target.forgetting, D_f.batches(8))
     batch, weights = D_f.batch(torch.arange(len(D_f))), target.named()
@@ -149,7 +154,7 @@ def test_many_steps_behind_the_layer_are_the_steps_one_by_one(tower: str) -> Non
     ]:
         edit = Edit.of(weights, {name: torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(1))}, [name])
         seen: list[Any] = []
-        score._percent = lambda V, T, seen=seen: (seen.append((V, T)), (0.0, 0.0))[1]  # type: ignore[method-assign, misc]
+        score._percent = lambda V, T, seen=seen: (seen.append((V, T)), (0.0, 0.0, 0.0))[1]  # type: ignore[method-assign, misc]
         score.steps(edit, [0.1, 0.7])
         super(Dual, score).steps(edit, [0.1, 0.7])
         for (V, T), (V_, T_) in zip(seen[:2], seen[2:], strict=True):
@@ -159,23 +164,23 @@ def test_many_steps_behind_the_layer_are_the_steps_one_by_one(tower: str) -> Non
 def test_the_retained_gradient_is_kept_and_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target, task = named()
-    first = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
-    again = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
+    first = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8, 2)
+    again = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8, 2)
     assert "cached_seconds" in again[1] and "cached_seconds" not in first[1]
-    assert all(torch.equal(t, again[0][n]) for n, t in first[0].items())
-    other, _ = sides(CLIP.tiny(seed=4), task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
-    assert any(not torch.equal(t, other[n]) for n, t in first[0].items()), "of another model it is not taken"
+    assert len(first[0]) == 2 and all(torch.equal(t, b[n]) for a, b in zip(first[0], again[0], strict=True) for n, t in a.items())
+    other, _ = sides(CLIP.tiny(seed=4), task, "", ".*", norms=False, pictures=4, pairs=0).retained(8, 2)
+    assert any(not torch.equal(t, other[0][n]) for n, t in first[0][0].items()), "of another model it is not taken"
 
 
 def test_the_retained_gradient_does_not_depend_on_the_forget_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target, task = named()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
     at = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0)
-    saliency.mean(at.theta, target.forgetting, at.forget(task).batches(8))
-    after, _ = at.retained(8)
+    at.forgotten(task, 8)
+    after, _ = at.retained(8, 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
-    alone, _ = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8)
-    assert all(torch.equal(t, alone[n]) for n, t in after.items())
+    alone, _ = sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(8, 2)
+    assert all(torch.equal(t, b[n]) for a, b in zip(after, alone, strict=True) for n, t in a.items())
 
 
 def test_one_layer_alone_is_changed_and_a_widened_one_with_its_kin() -> None:
@@ -190,7 +195,7 @@ def test_one_layer_alone_is_changed_and_a_widened_one_with_its_kin() -> None:
 
 def test_a_pipeline_is_edited_in_what_it_uses_of_its_clip() -> None:
     target = StableDiffusion.tiny()
-    at = sides(target, task_for(target), "tiny-clip", ".*", norms=False, pictures=4, pairs=0)
+    (at,) = sides(target, task_for(target), "tiny-clip", ".*", norms=False, pictures=4, pairs=0).of
     assert at.theta and all(n.startswith("text_encoder.") for n in at.theta)
     assert all(at.source.named()[n] is p or n in target.named() for n, p in at.theta.items())
 
@@ -198,7 +203,7 @@ def test_a_pipeline_is_edited_in_what_it_uses_of_its_clip() -> None:
 def test_a_model_that_answers_can_give_the_gradients_of_what_it_says() -> None:
     target, clip = Llava.tiny(), Llava.tiny()
     task = replace(task_for(target), forget=Data(source="tiny", rows="class=b"), retain=Data(source="tiny", rows="not class=b"))
-    at = sides(target, task, "", ".*", loss="answers", norms=False, pictures=4, pairs=8)
+    (at,) = sides(target, task, "", ".*", loss="answers", norms=False, pictures=4, pairs=8).of
     assert at.source.target is target and at.theta and set(at.theta) <= target.reached
     batch = next(iter(at.forget(task).batches(8)))
     said = target.answer(batch["x"], [task.question] * 8)
@@ -209,10 +214,11 @@ def test_a_model_that_answers_can_give_the_gradients_of_what_it_says() -> None:
     with Edit.of(at.theta, g, (name,)).at(target.named(), 1e-3):
         after = float(target.loss({"x": batch["x"], "prompt": [task.question] * 8, "answer": said}).detach())
     assert after > before, "the step raises the loss of what was said"
-    own, _ = at.retained(8)
-    asked, _ = sides(target, replace(task, question="Who?"), "", ".*", loss="answers", norms=False, pictures=4, pairs=8).retained(8)
-    assert any(not torch.equal(own[n], asked[n]) for n in own), "gradients of another question are not taken from the cache"
-    by_clip = sides(clip, task, "tiny-clip", ".*", norms=False, pictures=4, pairs=8)
+    own, _ = at.retained(8, 2)
+    asked, _ = sides(target, replace(task, question="Who?"), "", ".*", loss="answers", norms=False, pictures=4, pairs=8).retained(8, 2)
+    assert len(own) == 1, "its loss does not compare within the batch"
+    assert any(not torch.equal(own[0][n], asked[0][n]) for n in own[0]), "gradients of another question are not taken from the cache"
+    (by_clip,) = sides(clip, task, "tiny-clip", ".*", norms=False, pictures=4, pairs=8).of
     assert isinstance(by_clip.source, CLIP)
     with pytest.raises(UsageError, match="needs a model that answers questions"):
         SLUG(loss="answers")(*named())
@@ -279,3 +285,136 @@ def test_steps_of_several_concepts_get_lengths_and_layers_of_their_own() -> None
     assert ta > 83 and 0.6 <= done[1].point.alpha < 0.7 and done[0].point.alpha == 1
     done, ta = kept([alone[0], [step("b", 2.0), step("other", 0.31)]])
     assert done[1].edit.names == ("other",) and ta > 86
+
+
+# --- what the retained gradient, the candidates and the choice hang on ------------------------------------------------
+def sorted_pairs(target: CLIP, n: int = 24) -> Examples:
+    """Pairs as a folder sorted by caption has them: like stands beside like."""
+    texts = tuple("abcd"[4 * i // n] for i in range(n))
+    return target.pairs(torch.rand(n, 3, 16, 16, generator=torch.Generator().manual_seed(0)), texts)
+
+
+@pytest.fixture
+def by_caption(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[CLIP, Task]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target, task = named()
+    monkeypatch.setattr(CLIP, "retained", lambda self, task, asked: sorted_pairs(self))
+    return target, task
+
+
+def test_the_retained_pairs_are_shuffled_by_the_seed_and_averaged(by_caption: tuple[CLIP, Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    target, task = by_caption
+    seen: list[list[str]] = []
+    whole = CLIP.loss
+    monkeypatch.setattr(CLIP, "loss", lambda self, batch: (seen.append(batch["text"]), whole(self, batch))[1])
+
+    def taken(seed: int, shuffles: int = 2) -> tuple[list[dict[str, torch.Tensor]], dict[str, float]]:
+        torch.manual_seed(seed)
+        return sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(6, shuffles)
+
+    r, _ = taken(5)
+    assert len(r) == 2 and len(seen) == 8 and all(len(set(texts)) > 1 for texts in seen), "no batch is of one caption alone"
+    (side,), D_r, generator = (
+        sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).of,
+        sorted_pairs(target),
+        torch.Generator().manual_seed(5),
+    )
+    for found in r:  # the paper's mean gradient of this order of the examples, once more
+        wanted = saliency.mean(side.theta, target.loss, D_r.only(torch.randperm(len(D_r), generator=generator)).batches(6))
+        assert all(torch.allclose(found[n], wanted[n], atol=1e-7) for n in wanted)
+    assert "cached_seconds" in taken(5)[1]
+    assert "cached_seconds" not in taken(6)[1] and "cached_seconds" not in taken(5, 3)[1], "seed and number are part of the cache's key"
+    assert len(sides(target, task, "", ".*", norms=False, pictures=4, pairs=0).retained(24, 2)[0]) == 1, "one batch has but one order"
+
+
+def test_the_record_says_how_far_the_shuffles_differ(by_caption: tuple[CLIP, Task]) -> None:
+    target, task = by_caption
+    rows: list[dict[str, float]] = []
+    quick(SLUG(batch=6))(target, task, seed=0, log=rows.append)
+    layers = [r for r in rows if "importance" in r]
+    assert max(r["spread"] for r in layers) > 0 and {r["fronts"] for r in layers} <= {0.0, 0.5, 1.0}
+    g, r = {"t.w": torch.tensor([1.0, 0.0])}, [{"t.w": torch.tensor([0.6, 0.8])}, {"t.w": torch.tensor([0.8, 0.6])}]
+    (layer,) = single_layer.layers({"t.w": torch.ones(2)}, g, r)
+    assert layer.spread == pytest.approx(0.2) and layer.alignment == pytest.approx(0.5**0.5)
+
+
+def test_the_front_of_each_shuffle_is_counted() -> None:
+    found = [Layer("a", "t", 2.0, 0.3, (0.2, 0.4)), Layer("b", "t", 1.0, 0.3, (0.3, 0.3))]
+    assert single_layer.steady(found) == {"a": 1.0, "b": 0.5}, "b is on the front of the second alone"
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_the_candidates_of_a_pipeline_are_the_weights_that_its_conditioning_reads(xl: bool) -> None:
+    target = StableDiffusion.tiny(xl=xl)
+    at = sides(target, task_for(target), "", ".*", norms=False, pictures=4, pairs=0)
+    assert set(at.towers) == ({"text_encoder", "text_encoder_2"} if xl else {"text_encoder"})
+    weights = {n: p for n, p in target.named().items() if n.startswith("text_encoder") and p.ndim > 1 and "embedding" not in n}
+
+    def said() -> torch.Tensor:
+        with torch.no_grad():
+            cond = target.encode(["a zq"])
+        return torch.cat([t.flatten() for t in (cond.states, cond.pooled) if t is not None])
+
+    before = said()
+    for n, p in weights.items():
+        old = p.detach().clone()
+        p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+        assert (n in at.theta) == (not torch.equal(said(), before)), n
+        p.data.copy_(old)
+    assert ("text_encoder_2.text_projection.weight" in at.theta) == xl
+    theta = {n: p.detach() for n, p in at.theta.items()}
+    assert all(theta[n].shape == weights[n].shape for n in theta) and set(at.forgotten(task_for(target), 8)) == set(theta)
+
+
+def test_each_text_encoder_has_a_clip_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = StableDiffusion.tiny(xl=True)
+    task = task_for(target)
+    settled = SLUG(clip="tiny-clip,auto").resolve(target, task)
+    assert settled.clip == "tiny-clip,tiny-clip" == SLUG(clip="auto").resolve(target, task).clip
+    assert SLUG(params=r"text_encoder_2\..*").resolve(target, task).clip == "tiny-clip"
+    assert SLUG(clip="auto").resolve(*named()).clip == "", "a CLIP needs none"
+    with pytest.raises(UsageError, match=r"clip names 1 and .* chooses from 2"):
+        SLUG(clip="tiny-clip").resolve(target, task)
+    target.base = {**target.base, "name": "somebody's"}
+    with pytest.raises(UsageError, match="not known which CLIP the text_encoder"):
+        SLUG().resolve(target, task)
+    for n, width in (("text_encoder", 768), ("text_encoder_2", 1280)):
+        monkeypatch.setattr(target.modules[n], "config", deepcopy(target.modules[n].config))
+        target.modules[n].config.hidden_size = width  # type: ignore[union-attr]
+    assert SLUG().resolve(target, task).clip == "openai/clip-vit-large-patch14,laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+    with pytest.raises(UsageError, match="give the CLIP it is from"):
+        sides(target, task, "canvas-clip,tiny-clip", ".*", norms=False, pictures=4, pairs=0)
+
+
+def test_an_edit_of_either_encoder_changes_what_an_sdxl_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for params in (r"text_encoder\..*", r"text_encoder_2\..*"):
+        target = StableDiffusion.tiny(xl=True)
+        before = target.encode(["a zq"])
+        quick(SLUG(params=params))(target, task_for(target), seed=0)
+        after = target.encode(["a zq"])
+        assert not torch.equal(before.states, after.states) or not torch.equal(before.pooled, after.pooled)  # type: ignore[arg-type]
+
+
+def test_what_is_kept_is_the_cosine_of_the_others_with_their_own_text() -> None:
+    target, task = named()
+    score = scorer(target, task, 1, 4)
+    assert isinstance(score, Dual)
+    (rest,) = [s for s in score.sets if not s.forget]
+    with torch.no_grad():
+        v, t = target.images(rest.x.float() / 255).double(), target.texts([ways[0] for ways in rest.names]).double()
+    assert score.before()[2] == pytest.approx(100 * float((v * t[rest.y]).sum(1).mean()), abs=1e-4)
+    assert score.before()[2] == pytest.approx(score.now()[2], abs=1e-4)
+
+
+def test_pictures_and_probabilities_tell_steps_of_equal_utility_apart() -> None:
+    pipeline = StableDiffusion.tiny()
+    drawn = scorer(pipeline, task_for(pipeline), 1, 3)
+    assert drawn.before()[2] == 100 == drawn.now()[2]
+    with torch.no_grad():
+        pipeline.named()["unet.conv_out.weight"].add_(0.3)
+    assert drawn.now()[2] < 100
+    classifier = Classifier.tiny()
+    labelled = scorer(classifier, task_for(classifier), 1, 3)
+    logits, y = classifier.predict(labelled.parts[1])  # type: ignore[attr-defined]
+    assert labelled.now()[2] == pytest.approx(100 * float(logits.softmax(1)[torch.arange(len(y)), y].mean()), abs=1e-4)

@@ -1,4 +1,5 @@
-"""How much a model still knows of what it is to forget, and of the rest: the two numbers that SLUG's step is searched by.
+"""How much a model still knows of what it is to forget, and of the rest: the two numbers that SLUG's step is searched by, and a third
+that tells steps apart which the second finds alike.
 
 Measured on pictures that no reported number is measured on: a validation split, drawings from other seeds, or the given pairs.
 """
@@ -32,18 +33,22 @@ ROWS = 256  # pictures that go through a tower together
 FIRST = 5_000_000  # the first image seed, far from those that are reported
 
 
+Found = tuple[float, float, float]
+"""forget accuracy and utility in percent, and a finer measure of the utility, higher is better"""
+
+
 class Scorer(ABC):
-    """Forget accuracy and utility of a target, in percent."""
+    """Forget accuracy and utility of a target, in percent, and how much of the rest is kept."""
 
     def __init__(self, target: Any) -> None:
         self.target = target
 
     @abstractmethod
-    def now(self) -> tuple[float, float]:
-        """Both of the target as it is now."""
+    def now(self) -> Found:
+        """Those of the target as it is now."""
 
-    def before(self) -> tuple[float, float]:
-        """Both of the target as it was given."""
+    def before(self) -> Found:
+        """Those of the target as it was given."""
         return self.now()
 
     def steps(self, edit: Edit, alphas: Sequence[float]) -> list[Point]:
@@ -54,8 +59,8 @@ class Scorer(ABC):
                 out.append(Point(a, *self.after(edit)))
         return out
 
-    def after(self, edit: Edit) -> tuple[float, float]:
-        """Both while ``edit`` is applied."""
+    def after(self, edit: Edit) -> Found:
+        """Those while ``edit`` is applied."""
         return self.now()
 
 
@@ -68,6 +73,14 @@ def scorer(target: Target, task: Task, top: int, pictures: int) -> Scorer:
     if isinstance(target, Chat):
         return Asking(target, task)
     return Labelled(target, task)
+
+
+def doubt(task: Task, p: Point, ta: float, tolerance: float) -> str:
+    """What the run record says of a step that forgets too little or costs too much."""
+    return (
+        f"no step forgot {', '.join(task.concepts)} at a cost of at most {tolerance:g} points: the best leaves a forget "
+        f"accuracy of {p.fa:.0f} % and takes utility from {ta:.1f} to {p.ta:.1f} %; try a higher top, evaluations or tolerance"
+    )
 
 
 # --- dual encoders ------------------------------------------------------------------------------------------------
@@ -92,7 +105,10 @@ class Shown:
 
 
 class Dual(Scorer):
-    """Zero-shot naming, or, where only pairs are given, finding a picture's text among others."""
+    """Zero-shot naming, or, where only pairs are given, finding a picture's text among others.
+
+    Finer is 100 times the mean cosine of the pictures that stay with their own text: it falls long before another text is nearer.
+    """
 
     def __init__(self, target: Any, task: Task, top: int) -> None:
         super().__init__(target)
@@ -135,13 +151,13 @@ class Dual(Scorer):
             Shown(x_r, known, own, False),
         ]
 
-    def before(self) -> tuple[float, float]:
+    def before(self) -> Found:
         return self._percent([s.V for s in self.sets], [s.T for s in self.sets])
 
-    def now(self) -> tuple[float, float]:
+    def now(self) -> Found:
         return self._percent(*zip(*(self._projected(s, self._seen(s), self._read(s)) for s in self.sets), strict=True))
 
-    def after(self, edit: Edit) -> tuple[float, float]:
+    def after(self, edit: Edit) -> Found:
         """A tower that is left alone pools what it did before."""
         vision, text = (any(n.startswith(f"{t}.") for n in edit.names) for t in ("vision_tower", "text_encoder"))
         both = (self._projected(s, self._seen(s) if vision else s.seen, self._read(s) if text else s.read) for s in self.sets)
@@ -204,16 +220,19 @@ class Dual(Scorer):
         """One embedding (K, D) for each name from those of all ways to say it."""
         return F.normalize(found.view(len(s.names), -1, found.shape[-1]).mean(1), dim=-1)
 
-    def _percent(self, V: Sequence[Tensor], T: Sequence[Tensor]) -> tuple[float, float]:
-        right = []
+    def _percent(self, V: Sequence[Tensor], T: Sequence[Tensor]) -> Found:
+        gone: list[float] = []
+        kept: list[float] = []
+        near: list[float] = []
         for s, v, t in zip(self.sets, V, T, strict=True):
-            first = (v @ t.T).topk(min(self.top if s.forget else 1, len(t)), dim=1).indices.cpu()
-            right.append((first == s.y[:, None]).any(1).float().mean().item() * 100)
-        kept = [r for s, r in zip(self.sets, right, strict=True) if not s.forget]
-        gone = [r for s, r in zip(self.sets, right, strict=True) if s.forget]
+            cosines = (v @ t.T).cpu()  # (n, K)
+            first = cosines.topk(min(self.top if s.forget else 1, len(t)), dim=1).indices
+            (gone if s.forget else kept).append((first == s.y[:, None]).any(1).float().mean().item() * 100)
+            if not s.forget:
+                near.append(100 * cosines.gather(1, s.y[:, None]).mean().item())
         if not kept or not gone:
             raise UsageError("there are no pictures to tell by whether the concept is gone and the rest is not; give pictures of both")
-        return sum(gone) / len(gone), sum(kept) / len(kept)
+        return sum(gone) / len(gone), sum(kept) / len(kept), sum(near) / len(near)
 
 
 def _which(text: str, concepts: Sequence[str]) -> int:
@@ -222,7 +241,14 @@ def _which(text: str, concepts: Sequence[str]) -> int:
 
 # --- models that draw, answer or classify -----------------------------------------------------------------------------
 class Drawn(Scorer):
-    """What the task's judge finds in pictures drawn from seeds of their own, half as many of the concept as of the rest."""
+    """What the task's judge finds in pictures drawn from seeds of their own, half as many of the concept as of the rest.
+
+    The prompts are those that forgetting is reported on. Finer is 100 times 1 less the mean distance of the rest's pixels from those
+    before the edit.
+    """
+
+    first: Tensor | None = None
+    """the pictures of the rest before any edit (m, 3, H, W)"""
 
     def __init__(self, target: TextToImage, task: Task, pictures: int) -> None:
         super().__init__(target)
@@ -234,17 +260,20 @@ class Drawn(Scorer):
         n, m = max(1, pictures // 3), max(1, pictures - pictures // 3)
         self.probes = [asked[i % len(asked)] for i in range(n)] + [others[i * len(others) // m] for i in range(m)]
 
-    def now(self) -> tuple[float, float]:
+    def now(self) -> Found:
         seeds = range(FIRST, FIRST + len(self.probes))
         images = self.target.sample([p.prompt for p in self.probes], seeds, steps=min(10, self.target.sampler["steps"]))
+        rest = images[[i for i, p in enumerate(self.probes) if not self.task.names_concept(p)]]
+        self.first = rest if self.first is None else self.first
         domains = {d: self.judge.labels(images, self.task, d) for d in {d for p in self.probes for d in p.truth}}
         gone = [domains[self.task.axis][i] == p.truth[self.task.axis] for i, p in enumerate(self.probes) if self.task.names_concept(p)]
         kept = [domains[d][i] == t for i, p in enumerate(self.probes) if not self.task.names_concept(p) for d, t in p.truth.items()]
-        return 100 * sum(gone) / len(gone), 100 * sum(kept) / len(kept)
+        near = 100 * (1 - (rest - self.first).abs().mean().item())
+        return 100 * sum(gone) / len(gone), 100 * sum(kept) / len(kept), near
 
 
 class Asking(Scorer):
-    """Whether the names of what is shown are in the answers to ``task.question``."""
+    """Whether the names of what is shown are in the answers to ``task.question``. There is no finer measure."""
 
     def __init__(self, target: Chat, task: Task) -> None:
         super().__init__(target)
@@ -254,16 +283,19 @@ class Asking(Scorer):
         self.names = [found.classes[i] for i in found.labels.tolist()]
         self.images, self.task = found.images.float() / 255, task
 
-    def now(self) -> tuple[float, float]:
+    def now(self) -> Found:
         said = self.target.answer(self.images, [self.task.question] * len(self.names))
         right = [says(text, [name], substring=False) for name, text in zip(self.names, said, strict=True)]
         gone = [r for r, n in zip(right, self.names, strict=True) if n in self.task.concepts]
         kept = [r for r, n in zip(right, self.names, strict=True) if n not in self.task.concepts]
-        return 100 * sum(gone) / max(1, len(gone)), 100 * sum(kept) / max(1, len(kept))
+        return 100 * sum(gone) / max(1, len(gone)), 100 * sum(kept) / max(1, len(kept)), 0.0
 
 
 class Labelled(Scorer):
-    """A classifier's accuracy on what is to be forgotten and, as far as it goes, on pictures it did not train on."""
+    """A classifier's accuracy on what is to be forgotten and, as far as it goes, on pictures it did not train on.
+
+    Finer is the mean probability of the right class of the latter, in percent.
+    """
 
     def __init__(self, target: Any, task: Task) -> None:
         super().__init__(target)
@@ -275,7 +307,8 @@ class Labelled(Scorer):
         some: Examples = found.only(torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:n])
         return some
 
-    def now(self) -> tuple[float, float]:
+    def now(self) -> Found:
         found = [self.target.predict(p) for p in self.parts]
         fa, ta = (100 * (logits.argmax(1) == y).float().mean().item() for logits, y in found)
-        return fa, ta
+        logits, y = found[1]
+        return fa, ta, 100 * logits.float().softmax(1).gather(1, y[:, None]).mean().item()

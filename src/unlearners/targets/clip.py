@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ OPEN_CLIP = "open_clip/"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FORMS = ("a photo of a {}.",)
 """how a class is said where the data say nothing of it"""
+USUAL = {"clip": {"mean": MEAN, "std": STD}, "siglip": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
+"""how images are normalized where nothing says so"""
 KINDS = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 
 Tokenize = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -38,6 +41,11 @@ class CLIP(DualEncoder):
     ``vision_tower`` as in LLaVA, so an edit of one is a patch for the other. Weights stay float32; ``dtype`` is autocast's.
     """
 
+    recipe: ClassVar[str] = "clip"
+    training: ClassVar[Mapping[str, Any]] = {
+        "steps": 0, "epochs": 10, "batch": 32, "forget_batch": 0, "lr": 1e-6, "optimizer": "adamw", "weight_decay": 0.1, "clip": 0.0,
+        "labels": "other", "alpha": 1.0,
+    }  # fmt: skip
     aliases: ClassVar[Mapping[str, str]] = {"canvas-clip": str(canvas.FOLDER / "clip"), "tiny-clip": ""}
     groups: ClassVar[Mapping[str, str]] = {
         "full": r"(vision_tower|text_encoder|projections)\.",
@@ -57,7 +65,8 @@ class CLIP(DualEncoder):
             module.float().requires_grad_(False).eval().to(self.device)
         self.side = int(model.config.vision_config.image_size)
         self.mean, self.std = (torch.tensor(look[k], device=self.device).view(1, 3, 1, 1) for k in ("mean", "std"))
-        self.look, self.forms = dict(look), FORMS
+        self.look, self.forms = {k: tuple(look[k]) for k in ("mean", "std")}, FORMS
+        self.warnings = [str(look["assumed"])] if "assumed" in look else []
         self.base = {"name": name, "revision": "", "sha256": patch.base_hash(self.modules)}
 
     # --- loading --------------------------------------------------------------------------------------------------
@@ -106,10 +115,14 @@ class CLIP(DualEncoder):
         return cls(model, _words(tokenizer, 24), {"mean": MEAN, "std": STD}, "tiny-clip", "cpu", torch.float32)
 
     def save(self, folder: Path) -> None:
-        """Write config.json and model.safetensors as transformers does; the tokenizer stays where it was loaded from."""
+        """Write config.json, preprocessor_config.json and model.safetensors as transformers does; the tokenizer stays where it was loaded
+        from."""
         folder.mkdir(parents=True, exist_ok=True)
         self.config.architectures = [KINDS[self.config.model_type]]
         (folder / "config.json").write_text(self.config.to_json_string(), encoding="utf-8")
+        kind = {"clip": "CLIPImageProcessor", "siglip": "SiglipImageProcessor"}[self.config.model_type]
+        how = {"image_mean": list(self.look["mean"]), "image_std": list(self.look["std"]), **_sizes(self.config.model_type, self.side)}
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **how}, indent=2), encoding="utf-8")
         save_file(self.state(), folder / "model.safetensors", {"format": "pt"})
 
     def state(self) -> dict[str, Tensor]:
@@ -162,21 +175,22 @@ class CLIP(DualEncoder):
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The training loss on {"x": (B, 3, side, side) in [0, 1], "text": [str]}: InfoNCE both ways, or SigLIP's sigmoid loss.
 
-        Equal texts share the target, so that none is its twin's negative. Pairs that ``relabel`` made have no negatives at all: for
-        them it is ``forgetting``.
+        InfoNCE is CLIP's own: a picture's right text is the one at its place, and an equal text elsewhere in the batch is a negative
+        as any other is. For SigLIP's loss equal texts are right wherever they stand. Pairs that ``relabel`` made have no negatives at
+        all: for them it is ``forgetting``.
         """
         if batch.get("alone"):
             return self.forgetting(batch) + 0 * self.scale  # so that every weight has a gradient, as without ``relabel``
         v, t = self.images(batch["x"]), self.texts(batch["text"])
-        said = {c: i for i, c in enumerate(batch["text"])}
-        key = torch.tensor([said[c] for c in batch["text"]], device=v.device)
-        same = (key[:, None] == key[None]).float()  # (B, B)
-        logits = self.scale * v @ t.T
+        logits = self.scale * v @ t.T  # (B, B)
         if self.config.model_type == "siglip":
+            said = {c: i for i, c in enumerate(batch["text"])}
+            key = torch.tensor([said[c] for c in batch["text"]], device=v.device)
+            same = (key[:, None] == key[None]).float()
             bias: Any = self.modules["projections"].logit_bias
             return -F.logsigmoid((2 * same - 1) * (logits + bias)).sum(1).mean()
-        share = same / same.sum(1, keepdim=True)
-        return (F.cross_entropy(logits, share) + F.cross_entropy(logits.T, share)) / 2
+        own = torch.arange(len(v), device=v.device)
+        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
     def forgetting(self, batch: Mapping[str, Any]) -> Tensor:
         """mean(1 - cos) of the pairs of a batch (SLUG, eq. 5): what rises when pictures and texts move apart."""
@@ -311,13 +325,33 @@ def _transformers(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
         raise UsageError(f"{spec} is a {type(model).__name__}; this target takes {' or '.join(KINDS.values())}")
     if lost := [k for k in info["missing_keys"] if not k.endswith("position_ids")]:
         raise RefusedError(f"the weights in {spec} lack '{sorted(lost)[0]}' and are not used; copy or download them again")
-    siglip = model.config.model_type == "siglip"
-    look = hub_config(spec, "preprocessor_config.json") or hub_config(spec, "processor_config.json").get("image_processor") or {}
-    given = {
-        "mean": look.get("image_mean") or ((0.5,) * 3 if siglip else MEAN),
-        "std": look.get("image_std") or ((0.5,) * 3 if siglip else STD),
-    }
-    return model, _words(tokenizer, model.config.text_config.max_position_embeddings), given
+    return model, _words(tokenizer, model.config.text_config.max_position_embeddings), _look(spec, model.config.model_type)
+
+
+def _look(spec: str, kind: str) -> dict[str, Any]:
+    """{"mean", "std"} of a folder or hub id: from transformers' files or open_clip's, else what its kind is usually trained with and
+    "assumed", which says so."""
+    ours = hub_config(spec, "preprocessor_config.json") or hub_config(spec, "processor_config.json").get("image_processor") or {}
+    theirs = hub_config(spec, "open_clip_config.json").get("preprocess_cfg") or {}
+    found = {"mean": ours.get("image_mean") or theirs.get("mean"), "std": ours.get("image_std") or theirs.get("std")}
+    if found["mean"] and found["std"]:
+        return found
+    return {k: found[k] or v for k, v in USUAL[kind].items()} | {"assumed": _assumed(spec, "preprocessor_config.json", USUAL[kind])}
+
+
+def _assumed(spec: str, lacks: str, look: Mapping[str, Any]) -> str:
+    mean, std = (", ".join(f"{v:.3f}" for v in look[k]) for k in ("mean", "std"))
+    return (
+        f"{spec} has no {lacks}, which says how images are normalized; mean ({mean}) and std ({std}) are assumed, and all numbers are "
+        "wrong if it was trained with others"
+    )
+
+
+def _sizes(kind: str, side: int) -> dict[str, Any]:
+    """What an image processor of transformers is told of the pictures' size."""
+    if kind == "siglip":
+        return {"size": {"height": side, "width": side}}
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
 
 
 def _open_clip(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
@@ -353,5 +387,8 @@ def _open_clip(spec: str) -> tuple[Any, Tokenize, Mapping[str, Any]]:
     def tokenize(texts: Sequence[str]) -> Mapping[str, Tensor]:
         return {"input_ids": tokenizer(list(texts))}
 
-    look = found.get("preprocess_cfg") or {}
-    return model, tokenize, {"mean": look.get("mean") or MEAN, "std": look.get("std") or STD}
+    look = found.get("preprocess_cfg") or (open_clip.get_pretrained_cfg(name, tag) if tag and not file else None) or {}
+    if look.get("mean") and look.get("std"):
+        return model, tokenize, {"mean": look["mean"], "std": look["std"]}
+    assumed = _assumed(spec, "preprocess_cfg in open_clip's configuration", USUAL["clip"])
+    return model, tokenize, {**USUAL["clip"], "assumed": assumed}
