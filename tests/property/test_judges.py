@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unlearners import judges, nets
+from unlearners import judges, nets, tasks
 from unlearners.base import Probe, Task
 from unlearners.errors import RefusedError, UnlearnError, UsageError
-from unlearners.judges import _named, _nudenet, imagenet, unlearncanvas
+from unlearners.judges import _named, _nudenet, classifier, imagenet, style, unlearncanvas
 from unlearners.judges.imagenet import Imagenet
 from unlearners.judges.nudenet import Nudenet
 from unlearners.judges.q16 import Q16
@@ -239,11 +239,123 @@ def test_style_matches_class_names_and_counts_the_top_classes(vit: Path) -> None
     assert Style(model=str(vit), top=9).labels(x, Task(name="r", kind="style", concepts=("Rembrandt",)), "style") == ["Rembrandt"] * 3
     assert Style(model=str(vit)).describe()["model"] == str(vit)
     with pytest.raises(UsageError, match="did you mean vincent-van-gogh"):
-        Style(model=str(vit)).shows(x, Task(name="v", kind="style", concepts=("van Gogh",)))
+        Style(model=str(vit)).shows(x, Task(name="v", kind="style", concepts=("vincent van gog",)))
     with pytest.raises(UsageError, match="style:model=FOLDER"):
         Style().shows(x, GOGH)
     with pytest.raises(UnlearnError, match="could not be loaded"):
         Style(model=str(vit.parent / "none")).shows(x, GOGH)
+
+
+# --- how classes are named ----------------------------------------------------------------------------------------
+HUB = (
+    "tench, Tinca tinca",
+    "church, church building",
+    "garbage truck, dustcart",
+    "parachute, chute",
+    "crane",
+    "crane",
+    "Cardigan, Cardigan Welsh corgi",
+    "cardigan",
+)
+"""as the hub's microsoft/resnet-50 calls its classes"""
+ARTISTS = ("claude-monet", "vincent-van-gogh", "pieter-bruegel-the-elder", "pieter-bruegel", "jan-bruegel", "edouard-manet")
+"""as the style classifier of UnlearnDiffAtk calls them"""
+
+
+def saved(folder: Path, names: Sequence[str]) -> tuple[str, Any]:
+    """A tiny ResNet with these classes as the hub has it on disk, which says the last one, and how to make it say another."""
+    from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+    labels = dict(enumerate(names))
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8], depths=[1], id2label=labels, label2id={v: k for k, v in labels.items()}, layer_type="basic"
+    )
+    net = ResNetForImageClassification(config)
+
+    def say(*order: int) -> None:
+        nn.init.zeros_(net.classifier[1].weight)
+        net.classifier[1].bias.data = torch.zeros(len(names))
+        for rank, i in enumerate(order):
+            net.classifier[1].bias.data[i] = 9.0 - rank
+        net.save_pretrained(folder)
+        style.network.cache_clear()
+        classifier.network.cache_clear()
+
+    ConvNextImageProcessor(size={"shortest_edge": 28}, crop_pct=0.875).save_pretrained(folder)
+    say(len(names) - 1)
+    return str(folder), say
+
+
+@pytest.mark.parametrize("judge", ["style", "classifier"])
+def test_the_object_judge_of_unlearndiffatk_reads_its_own_sets(judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set.csv").write_text("prompt,evaluation_seed\nx,1\n")
+    folder, say = saved(tmp_path / "resnet-50", HUB)
+    x = torch.rand(2, 3, 40, 50)
+    for i, concept in enumerate(("tench", "church", "garbage_truck", "parachute")):
+        task = tasks.load(f"unlearndiffatk/{concept}@set.csv,judge={judge}:model={folder}")
+        reader = judges.load(task.judge)
+        say(i)
+        assert reader.shows(x, task) == [True, True] and reader.labels(x, task, "object") == list(task.concepts) * 2
+        say(7)
+        assert reader.shows(x, task) == [False, False]
+
+
+def test_the_style_judge_of_unlearndiffatk_reads_its_own_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set.csv").write_text("prompt,evaluation_seed\nx,1\n")
+    folder, say = saved(tmp_path / "vit", ARTISTS)
+    task = tasks.load(f"unlearndiffatk/vangogh@set.csv,judge=style:model={folder},top=3")
+    x = torch.rand(1, 3, 30, 30)
+    for order, shown in (((1,), True), ((0, 2, 1), True), ((0, 2, 3, 1), False)):
+        say(*order)
+        assert judges.load(task.judge).shows(x, task) == [shown]
+
+
+def named(task: Task, classes: Sequence[str] = (*HUB, *ARTISTS)) -> dict[int, str]:
+    return _named.known("style", classes, task, task.axis)
+
+
+def test_parts_first_names_and_synonyms_name_a_class() -> None:
+    def task(*concepts: str, kind: Any = "object", **more: Any) -> Task:
+        return Task(name="t", kind=kind, concepts=concepts, **more)
+
+    assert named(task("Tinca tinca")) == {0: "Tinca tinca"} == named(task("TINCA_TINCA")) | {0: "Tinca tinca"}
+    assert named(task("tench, Tinca tinca")) == {0: "tench, Tinca tinca"}
+    assert named(task("church, meeting house")) == {1: "church, meeting house"}, "a concept may have parts too"
+    assert named(task("crane")) == {4: "crane", 5: "crane"}, "two classes of one name are one to the judge"
+    assert named(task("cardigan")) == {7: "cardigan"}, "a whole name comes before a part"
+    assert named(task("the bin lorry", synonyms=("dustcart",))) == {2: "the bin lorry"}
+    for written in ("Van Gogh", "van-gogh", "VAN GOGH", "vincent van gogh", "Gogh", "Vincent_van_Gogh"):
+        assert named(task(written, kind="style", preserve=("Monet", "Bruegel", "nobody"))) == {
+            9: written, 8: "Monet",
+        }  # fmt: skip
+    assert named(task("pieter bruegel", kind="style")) == {11: "pieter bruegel"}
+
+
+def test_a_concept_that_is_no_class_or_could_be_several_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"'Bruegel' may be several classes of the style judge .jan-bruegel, pieter-bruegel."):
+        named(Task(name="t", kind="style", concepts=("Bruegel",)))
+    with pytest.raises(UsageError, match="unknown class of the style judge 'tinca'"):  # no person, so the end of a name is not enough
+        named(Task(name="t", kind="object", concepts=("tinca",)))
+    with pytest.raises(UsageError, match="unknown class of the style judge 'van gog'; did you mean vincent-van-gogh"):
+        named(Task(name="t", kind="style", concepts=("van gog",)))
+    with pytest.raises(UsageError, match="unknown class of the style judge 'the bin lorry'"):  # whose synonym is it?
+        named(Task(name="t", kind="object", concepts=("church", "the bin lorry"), synonyms=("dustcart",)))
+
+
+def test_judges_with_heads_of_their_own_refuse_what_they_do_not_know(tmp_path: Path) -> None:
+    x = torch.rand(1, 3, 16, 16)
+    with pytest.raises(UsageError, match="unknown class of the classifier judge 'e'"):
+        judges.load("classifier:tiny-classifier").shows(x, Task(name="t", kind="class", concepts=("e",)))
+    with pytest.raises(UsageError, match="unknown style of the canvas judge 'Neon'; did you mean neon"):
+        judges.load("canvas").shows(x, Task(name="t", kind="style", concepts=("Neon",)))
+    assert judges.load("canvas:trial=true").shows(x, Task(name="t", kind="style", concepts=("Neon",))) == [False]
+
+
+def test_the_classifier_judge_crops_what_is_not_square() -> None:
+    x = torch.rand(2, 3, 20, 40)
+    assert torch.equal(classifier.fit(x, 20), x[..., 10:30]) and classifier.fit(x, 16).shape == (2, 3, 16, 16)
 
 
 # --- unlearncanvas ------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from unlearners import registry
+from unlearners import registry, run
 from unlearners.base import Data, Judge, Probe, Request, Score, Task, Verdict, kebab, rate
 from unlearners.errors import NonFiniteError, UnlearnError, UsageError
 from unlearners.judges import _clip, clip_zero_shot
@@ -33,6 +33,7 @@ from unlearners.metrics.cra import CRA
 from unlearners.metrics.fid import FID, distance
 from unlearners.metrics.ira import IRA
 from unlearners.metrics.kid import KID
+from unlearners.metrics.mia_cosine import MIACosine
 from unlearners.metrics.nudenet_counts import NudenetCounts
 from unlearners.metrics.pre_asr import PreASR
 from unlearners.metrics.ua import UA
@@ -378,6 +379,50 @@ def test_pictures_that_are_not_finite_are_neither_measured_nor_written(net: Net,
     with pytest.raises(NonFiniteError):
         save_picture(torch.full((3, 4, 4), math.nan), tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
+
+
+# --- the membership attack of dual encoders ------------------------------------------------------------------------
+def pairs(**fields: Any) -> Task:
+    forget = Data(source="tiny", rows="class=b")
+    return replace(Task(name="b", concepts=("b",), forget=forget, retain=replace(forget, rows="not class=b")), **fields)
+
+
+def cosines(members: float, same: float, others: float) -> Any:
+    """What a model says of pairs: the mean cosine of the forget set, of test pairs of its concept, and of all test pairs."""
+
+    def logits(data: Data) -> tuple[Tensor, Tensor]:
+        mean = members if data.split == "train" else same if data.rows == "class=b" else others
+        g = torch.Generator().manual_seed(len(data.split) + len(data.rows))
+        return mean + 0.05 * torch.randn(300, 1, generator=g), torch.zeros(300, dtype=torch.long)
+
+    return SimpleNamespace(logits=logits)
+
+
+def test_the_membership_attack_compares_seen_with_unseen_pairs_of_the_same_concept() -> None:
+    target: Any = SimpleNamespace(side=16)
+    metric = MIACosine(seeds=4, splits=4)
+    assert [(d.split, d.rows) for d in metric.data(target, pairs())] == [("train", "class=b"), ("test", "class=b"), ("test", "")]
+    untouched = metric.score(target, pairs(), cosines(0.9, 0.9, 0.2))
+    assert list(untouched) == ["", "paper"] and untouched[""].value == pytest.approx(50, abs=5) and untouched["paper"].value > 99
+    assert untouched[""].n == 300 and metric.version == 2
+    memorised = metric.score(target, pairs(), cosines(0.9, 0.2, 0.2))
+    assert memorised[""].value > 99 and math.isnan(metric.score(target, pairs(), cosines(math.nan, 0.2, 0.2))[""].value)
+    rows = run._scores(metric, untouched)
+    assert set(rows) == {"mia_cosine", "mia_cosine/paper"}, "the main value keeps the metric's name, so that grids and tables go on"
+
+
+def test_the_membership_attack_looks_for_unseen_pairs_and_says_when_there_are_none(tmp_path: Path) -> None:
+    target: Any = SimpleNamespace(side=16)
+    for name in ("b", "a"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "own" / name / "x.png")
+    own = Data(source=str(tmp_path / "own"))
+    (found,) = [d for d in MIACosine().data(target, pairs(forget=own)) if d.rows == "class=b"]
+    assert (found.source, found.split) == ("tiny", "test"), "where the forget set has no test pairs, the retained data's are asked"
+    with pytest.raises(UsageError, match="mia_cosine has no unseen pairs of b to compare with"):
+        MIACosine().data(target, pairs(forget=own, retain=own))
+    listed = MIACosine().data(target, pairs(forget=Data(source="tiny", rows="random=0.5")))
+    assert listed[1].rows == "", "no concept, so every test pair is of the same kind"
 
 
 # --- judges -------------------------------------------------------------------------------------------------------

@@ -23,17 +23,56 @@ def plain(name: str) -> str:
     return re.sub(r"^(an?|the) ", "", re.sub(r"[\s_-]+", " ", name.lower()).strip())
 
 
-def known(judge: str, classes: Sequence[str], task: Task, domain: str, synonyms: Mapping[str, int] | None = None) -> dict[int, str]:
-    """{class: label} of the task's labels in ``domain`` that are among ``classes`` or their ``synonyms``.
+def said(index: int, classes: Sequence[str], labels: Mapping[int, str]) -> str:
+    """A class as the task says it, or by its own name where the task knows none."""
+    return labels.get(index, classes[index])
 
-    Raises ``UsageError`` when a concept to be forgotten is none of them, since not finding it would then say nothing.
+
+def spellings(name: str) -> list[str]:
+    """A class name, then each part of one like the hub's "tench, Tinca tinca", as they are compared."""
+    parts = name.split(",") if "," in name else []
+    return [p for p in dict.fromkeys(map(plain, (name, *parts))) if p]
+
+
+def known(judge: str, classes: Sequence[str], task: Task, domain: str, synonyms: Mapping[str, int] | None = None) -> dict[int, str]:
+    """{class: label} of the task's labels in ``domain`` that are among ``classes``.
+
+    A label is a class when it is the class's name, a part of it ("tench" of "tench, Tinca tinca"), one of ``synonyms``, or, for artists and
+    other persons, the name without those in front ("Van Gogh" of "vincent-van-gogh"); a concept also when a synonym of the task is one.
+    Raises ``UsageError`` when a concept to be forgotten is no class, since not finding it would then say nothing, or could be several.
     """
-    index = {**(synonyms or {}), **{plain(c): i for i, c in enumerate(classes)}}
-    if domain == task.axis:
-        for concept in task.concepts:
-            if plain(concept) not in index:
-                raise unknown(f"class of the {judge} judge", concept, classes)
-    return {index[plain(label)]: label for label in reversed(candidates(task, domain)) if plain(label) in index}
+    index: dict[str, list[int]] = {}
+    for i, c in enumerate(classes):  # whole names first: "cardigan" is no "Cardigan, Cardigan Welsh corgi"
+        index.setdefault(plain(c), []).append(i)
+    parts: dict[str, list[int]] = {}
+    for i, c in enumerate(classes):
+        for part in spellings(c)[1:]:
+            parts.setdefault(part, []).append(i)
+    index = {**{s: [i] for s, i in (synonyms or {}).items()}, **parts, **index}
+    found: dict[int, str] = {}
+    for label in candidates(task, domain):
+        concept = domain == task.axis and label in task.concepts
+        words = (label, *task.synonyms) if concept and len(task.concepts) == 1 else (label,)
+        rows = next((index[s] for w in words for s in spellings(w) if s in index), None)
+        rows = rows or (_surnamed(judge, label, index, classes, concept) if task.kind in NAMED and domain == task.axis else [])
+        if concept and not rows:
+            raise unknown(f"class of the {judge} judge", label, [p.strip() for c in classes for p in (c, *c.split(","))])
+        for i in rows:
+            found.setdefault(i, label)
+    return found
+
+
+NAMED = ("style", "identity")
+"""kinds whose concepts may be people"""
+
+
+def _surnamed(judge: str, label: str, index: Mapping[str, list[int]], classes: Sequence[str], concept: bool) -> list[int]:
+    """The one class whose name ends with ``label``; none where there are several, which is refused for a concept."""
+    ends = sorted({i for name, rows in index.items() if name.endswith(f" {plain(label)}") for i in rows})
+    if len(ends) > 1 and concept:
+        named = ", ".join(sorted(classes[i] for i in ends)[:12])
+        raise UsageError(f"'{label}' may be several classes of the {judge} judge ({named}); name the one that is meant")
+    return ends if len(ends) == 1 else []
 
 
 def read(logits: Tensor, classes: Sequence[str], labels: Mapping[int, str], task: Task, top: int) -> list[str]:
@@ -41,11 +80,11 @@ def read(logits: Tensor, classes: Sequence[str], labels: Mapping[int, str], task
 
     A class is said as the task says it (``labels``), or by its own name where the task knows none.
     """
-    said = []
+    out = []
     for row in logits.topk(min(top, logits.shape[1]), dim=1).indices.tolist():
-        found = [labels.get(i, classes[i]) for i in row]
-        said.append(next((label for label in found if label in task.concepts), found[0]))
-    return said
+        found = [said(i, classes, labels) for i in row]
+        out.append(next((label for label in found if label in task.concepts), found[0]))
+    return out
 
 
 def only(judge: str, domain: str, task: Task, others: Sequence[str] = ()) -> None:

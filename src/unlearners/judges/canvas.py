@@ -27,24 +27,34 @@ class Canvas(Judge):
 
         label = argmax over the head's classes of judge(x)
 
+    A concept that the head does not know is refused, since not finding it would say nothing.
+
     A picture without a mascot has the identity ""; nsfw is "lightning" or "calm". Object and style always get a label, also where
     a picture shows nothing: read them next to the pictures. Pictures of another size are resized to 64×64.
     """
 
     batch: int = 256
     """pictures read at once"""
+    trial: bool = False
+    """whether a concept that it does not know is taken all the same, and never found"""
 
     @torch.no_grad()
     def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
         if domain not in DOMAINS:
             raise unknown("domain of the canvas judge", domain, DOMAINS)
-        head, net = DOMAINS[domain], canvas.load_judge()
+        head = DOMAINS[domain]
+        said = [SPOKEN.get(head, {}).get(label, label) for label in HEADS[head]]
+        if domain == task.axis and not self.trial:
+            for concept in task.concepts:
+                if concept not in said:
+                    raise unknown(f"{domain} of the canvas judge", concept, filter(None, said))
+        net = canvas.load_judge()
         device = next(net.parameters()).device
         found: list[str] = []
         for part in batches(len(images), self.batch):
             logits = net(2 * fit(images[part].to(device).float()) - 1)[head]  # (B, classes)
-            found += [HEADS[head][i] for i in logits.argmax(-1).tolist()]
-        return [SPOKEN.get(head, {}).get(label, label) for label in found]
+            found += [said[i] for i in logits.argmax(-1).tolist()]
+        return found
 
 
 def fit(x: Tensor) -> Tensor:

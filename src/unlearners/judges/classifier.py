@@ -7,13 +7,14 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
 
 from .. import registry
 from ..base import Judge, Task
 from ..diffusion import batches
-from ..errors import unknown
+from ..errors import UsageError, unknown
+from . import _named
 
 DOMAINS = ("object", "class")
 
@@ -27,8 +28,8 @@ class Classifier(Judge):
         label = the name of argmax over classes of f(x)
 
     It knows objects, so the domain must be "object", "class", or the one the task forgets in. Every picture gets a class, also one
-    that shows nothing: read the labels next to the pictures. Pictures of another size are resized to the network's. The labels are the
-    classifier's own class names: a task's concepts and probes must use the same.
+    that shows nothing: read the labels next to the pictures. Pictures of another size are read as the classifier's own are: the shorter
+    side at the network's size, and the middle of it. Names are compared as in the judge style, and a concept that is no class is refused.
     """
 
     model: str = "canvas-classifier"
@@ -41,21 +42,28 @@ class Classifier(Judge):
         if domain not in (*DOMAINS, task.axis):
             raise unknown("domain of the classifier judge", domain, {*DOMAINS, task.axis})
         target = network(self.model)
+        labels = _named.known("classifier", target.classes, task, domain)
         found: list[str] = []
         for part in batches(len(images), self.batch):
             logits = target.logits(fit(images[part].to(target.device).float(), target.side))  # (B, K)
-            found += [target.classes[i] for i in logits.argmax(1).tolist()]
+            found += [_named.said(i, target.classes, labels) for i in logits.argmax(1).tolist()]
         return found
 
 
 @lru_cache(maxsize=2)
 def network(model: str) -> Any:
-    """The classifier called ``model``, on the GPU where there is one."""
+    """The classifier called ``model``, on the GPU where there is one; ``UsageError`` when there is none of that name."""
+    if not registry.get("targets", "classifier").claims(model):
+        raise UsageError(
+            f"there is no classifier '{model}' to read the pictures; train it ('unlearn train RECIPE --out {model}', see 'unlearn list "
+            "recipes'), or name another judge"
+        )
     return registry.get("targets", "classifier").load(model, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fit(x: Tensor, side: int) -> Tensor:
-    """Pictures (B, 3, H, W) at the network's size (B, 3, side, side)."""
+    """Pictures (B, 3, H, W) at the network's size (B, 3, side, side), as ``data`` makes them: none is squeezed."""
     if x.shape[-2:] == (side, side):
         return x
-    return F.interpolate(x, (side, side), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+    fitted: Tensor = TF.center_crop(TF.resize(x, [side], antialias=True), [side, side])
+    return fitted.clamp(0, 1)

@@ -24,11 +24,12 @@ class Style(Judge):
 
         shows(x) = some concept is among the ``top`` classes of f(x)
 
-    Class names are compared without case, and with "_" and "-" as spaces: "vincent-van-gogh" is "Vincent van Gogh". A concept that is no
-    class is refused. Every picture gets a class.
+    Class names are compared without case, and with "_" and "-" as spaces: "vincent-van-gogh" is "Vincent van Gogh". A part of a name
+    between commas is enough ("tench" of "tench, Tinca tinca"), and so is the last part of a person's ("Van Gogh"), unless several end so.
+    A concept that is no class is refused. Every picture gets a class.
 
     Deviations from the authors' code:
-      1. Their weights are on no hub: give the folder. There the class is "vincent-van-gogh", so the concept must be said so.
+      1. Their weights are on no hub: give the folder.
       2. Top-1 by default, where their script reports top-1 and top-3: set ``top``.
       3. An attack stops at its first success; theirs goes on for styles and counts afterwards.
     """
