@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torchvision.transforms.v2 import functional as TF
 from .base import Data
 from .errors import UsageError, unknown
 
-Augment = Literal["crop-flip", "flip"]
+AS_IS = ("svhn", "mnist", "emnist", "kmnist", "qmnist", "usps")
+"""data sets whose pictures change their meaning when they are mirrored (digits and letters): trained on as they are unless told"""
 HOMES = ("data", "../data", "../shared/data")
 """where a local copy of a hub dataset is looked for, unless UNLEARNERS_DATA names other folders"""
 MEMORY = 8 * 2**30  # bytes of decoded pictures that are kept; above that they are decoded batch by batch
@@ -26,6 +28,13 @@ CANVAS = ("canvas-pairs", "canvas-mascots", "canvas-styles", "canvas-scenes")
 """the canvas at its full size: pictures with captions, or named by mascot, style or object"""
 CAPTIONS = ("caption", "text", "txt", "TEXT")
 """columns that hold captions"""
+LABELS = ("label", "labels", "fine_label")
+"""columns that hold class labels; any other column of class labels is taken where there is none of them"""
+WORDNET = {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw", "n03028079": "church",
+    "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball", "n03888257": "parachute",
+}  # fmt: skip
+"""Imagenette's classes, as its folders are called and as they are said"""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TEST = ("test", "validation", "valid", "val")
 
@@ -50,14 +59,16 @@ class Examples:
     source: Source
     indices: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    augmentation: Augment = "crop-flip"
-    """what a training batch goes through: a classifier is to stand shifts, a generator would learn to draw their borders"""
+    augmentation: str = "crop-flip"
+    """what a training batch goes through, see ``Data.augment``; here never auto"""
     texts: tuple[str, ...] = ()
     """a text for each picture (n,), which then comes with every batch"""
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """for a text those that may take its place"""
     forms: tuple[str, ...] = ()
     """how its classes are said"""
+    extra: tuple[str, ...] = ()
+    """names that none of its pictures has, and that a picture may be taken for"""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -101,7 +112,7 @@ class Examples:
         Where there are texts, also {"text": [str], "others": [(str, …)]}.
         """
         x, y = self.raw(rows)
-        batch = {"x": shifted(x, crop=self.augmentation == "crop-flip") if augment else tidy(x), "y": y, "rows": rows}
+        batch = {"x": augmented(x, self.augmentation) if augment else tidy(x), "y": y, "rows": rows}
         if not self.texts:
             return batch
         said = [self.texts[i] for i in rows.tolist()]
@@ -146,28 +157,47 @@ def tidy(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last).float().div_(255)
 
 
-def shifted(x: Tensor, crop: bool = True) -> Tensor:
-    """uint8 (B, 3, H, W) to floats in [0, 1], mirrored at random, and with ``crop`` moved by up to an eighth over a black border."""
+def augmented(x: Tensor, how: str) -> Tensor:
+    """uint8 (B, 3, H, W) to floats in [0, 1], changed at random by ``how``, see ``Data.augment``."""
+    if how == "none":
+        return tidy(x)
+    crop, _, flip = how.rpartition("-")
+    crop, flip = (crop, flip) if flip == "flip" else (how, "")
+    pixels = crop.removeprefix("crop")
+    return shifted(x, (int(pixels) if pixels else x.shape[-2] // 8) if crop else 0, flip=bool(flip))
+
+
+def shifted(x: Tensor, pad: int, *, flip: bool = True) -> Tensor:
+    """uint8 (B, 3, H, W) to floats in [0, 1], moved by up to ``pad`` pixels over a black border, and with ``flip`` mirrored at random."""
     b, _, h, w = x.shape
-    pad = h // 8 if crop else 0
     x = torch.nn.functional.pad(x, (pad,) * 4)
-    down, right, flip = torch.randint(2 * pad + 1, (2, b)).unbind() + (torch.rand(b) < 0.5,)  # noqa: RUF005
+    down, right, mirror = torch.randint(2 * pad + 1, (2, b)).unbind() + (torch.rand(b) < 0.5,)  # noqa: RUF005
     rows = down[:, None] + torch.arange(h)  # (B, H)
     cols = torch.arange(w).expand(b, w)
-    cols = right[:, None] + torch.where(flip[:, None], w - 1 - cols, cols)  # (B, W)
+    cols = right[:, None] + (torch.where(mirror[:, None], w - 1 - cols, cols) if flip else cols)  # (B, W)
     i, rows, cols = torch.arange(b)[:, None, None].to(x.device), rows[:, :, None].to(x.device), cols[:, None, :].to(x.device)
     moved: Tensor = x.permute(0, 2, 3, 1)[i, rows, cols]  # (B, H, W, 3)
     return moved.permute(0, 3, 1, 2).float().div_(255)
 
 
+def augmentation(data: Data, usual: str) -> str:
+    """What training batches of ``data`` go through: what it says, else nothing for ``AS_IS``, else ``usual``."""
+    if data.augment != "auto":
+        return data.augment
+    name = re.split(r"[-_:.]", Path(data.source.partition(":")[0]).name.lower())[0]
+    return "none" if name in AS_IS else usual
+
+
 # --- opening ------------------------------------------------------------------------------------------------------
-def open_data(data: Data, size: int, device: torch.device | str = "cpu", augmentation: Augment = "crop-flip") -> Examples:
-    """The pictures that ``data`` names, ``size`` × ``size``.
+def open_data(data: Data, size: int, device: torch.device | str = "cpu", usual: str = "crop-flip") -> Examples:
+    """The pictures that ``data`` names, ``size`` × ``size``, to be augmented as it says, else as ``usual`` for the model.
 
     Raises ``UsageError`` for a source, split, class or row that is not there, and for a choice that takes nothing or leaves nothing.
     """
     if not data.source:
         raise UsageError("the task names no data for this; give the training data, for example --data path/to/images")
+    if "run" in (data.seed, data.draw):
+        raise UsageError("the pictures hang on the seed of a run, and there is none here; give the data a seed that is a number")
     source, rows = part(data, size)
     chosen = pick(data, source, rows)
     if not len(chosen):
@@ -175,23 +205,48 @@ def open_data(data: Data, size: int, device: torch.device | str = "cpu", augment
         if inverse:
             raise UsageError(f"'{inverse}' is the whole of {data.source}'s {data.split} pictures, so nothing would be left; name fewer")
         raise UsageError(f"'{data.rows}' picks no {data.split} picture of {data.source}; name at least one")
-    return Examples(source, chosen, torch.device(device), augmentation)
+    return Examples(source, chosen, torch.device(device), augmentation(data, usual))
 
 
 def part(data: Data, size: int) -> tuple[Source, Tensor]:
-    """The source behind a split, and its rows: train and validation are a seeded division of each class of the training pictures."""
+    """The source behind a split, and its rows: train and validation are a seeded division of each class of the training pictures.
+
+    ``data.subset`` of the training pictures are left, of each class in proportion.
+    """
+    if data.split == "validation" and not data.validation and data.source not in CANVAS and not has_validation(data.source):
+        raise UsageError(
+            f"{data.source} has no validation pictures beside its test pictures; give a share of the training pictures, as validation: 0.1"
+        )
     if data.split == "test" or (data.split == "validation" and not data.validation):
         source = read(data.source, data.split, size)
         return source, torch.arange(len(source.labels))
     source = read(data.source, "train", size)
-    if not data.validation:
-        return source, torch.arange(len(source.labels))
-    generator = torch.Generator().manual_seed(data.seed)
     held = torch.zeros(len(source.labels), dtype=torch.bool)
+    if data.validation:
+        generator = torch.Generator().manual_seed(int(data.seed))
+        for y in range(len(source.classes)):
+            rows = (source.labels == y).nonzero().flatten()
+            held[rows[torch.randperm(len(rows), generator=generator)[: int(data.validation * len(rows))]]] = True
+    rows = (held if data.split == "validation" else ~held).nonzero().flatten()
+    return source, some(data, source, rows) if data.subset and data.split == "train" else rows
+
+
+def some(data: Data, source: Source, rows: Tensor) -> Tensor:
+    """``data.subset`` of ``rows`` (n,), ascending: of each class its share, rounded down, and one more of those that lost most."""
+    if data.subset > len(rows):
+        raise UsageError(f"subset={data.subset} is more than the {len(rows)} training pictures of {data.source}; name fewer")
+    generator = torch.Generator().manual_seed(int(data.seed) + 2_000_003)
+    labels = source.labels[rows]
+    exact = labels.bincount(minlength=len(source.classes)).double() * data.subset / len(rows)  # (K,)
+    count = exact.floor().long()
+    short = (exact - count).argsort(descending=True, stable=True)[: data.subset - int(count.sum())]
+    count[short] += 1
+    taken = []
     for y in range(len(source.classes)):
-        rows = (source.labels == y).nonzero().flatten()
-        held[rows[torch.randperm(len(rows), generator=generator)[: int(data.validation * len(rows))]]] = True
-    return source, (held if data.split == "validation" else ~held).nonzero().flatten()
+        own = rows[labels == y]
+        taken.append(own[torch.randperm(len(own), generator=generator)[: int(count[y])]])
+    chosen: Tensor = torch.cat(taken).sort().values
+    return chosen
 
 
 def pick(data: Data, source: Source, rows: Tensor) -> Tensor:
@@ -207,7 +262,7 @@ def pick(data: Data, source: Source, rows: Tensor) -> Tensor:
         inside = captioned(value, source)[rows]
     elif key == "random":
         inside = torch.zeros(len(rows), dtype=torch.bool)
-        generator = torch.Generator().manual_seed(data.seed + 1_000_003)
+        generator = torch.Generator().manual_seed(int(data.seed if data.draw is None else data.draw) + 1_000_003)
         inside[torch.randperm(len(rows), generator=generator)[: amount(value, len(rows))]] = True
     else:
         inside = torch.isin(rows, listed(said, data, source, rows))
@@ -216,6 +271,7 @@ def pick(data: Data, source: Source, rows: Tensor) -> Tensor:
 
 def label(name: str, classes: Sequence[str], where: str) -> int:
     """The index of a class given by name or number; ``UsageError`` when there is none."""
+    name = WORDNET.get(name, name) if name not in classes else name
     if name in classes:
         return list(classes).index(name)
     if name.isdecimal() and int(name) < len(classes):
@@ -267,7 +323,8 @@ def listed(file: str, data: Data, source: Source, rows: Tensor) -> Tensor:
             found.append(_row_of(line, file, data, source))
     chosen: Tensor = torch.tensor(found, dtype=torch.long).unique()
     if len(lost := chosen[~torch.isin(chosen, rows)]):
-        raise UsageError(f"{file} names row {int(lost[0])}, which is a validation picture the model never saw; take it out")
+        what = "is a validation picture" if not data.subset else "is not in the subset of the training pictures,"
+        raise UsageError(f"{file} names row {int(lost[0])}, which {what} the model never saw; take it out")
     return chosen
 
 
@@ -288,12 +345,19 @@ def file_digest(file: str) -> str:
 
 # --- sources ------------------------------------------------------------------------------------------------------
 def local(name: str) -> str:
-    """Where ``name`` lies: a path as it is, a hub name's local copy if one of ``HOMES`` has it, else the hub name."""
+    """Where ``name`` lies: a path as it is, a hub name's local copy if one of ``HOMES`` has it, else the hub name.
+
+    Behind a colon stands the configuration; a local copy may hold a folder of its name, or be that alone.
+    """
     if Path(name).exists():
         return name
+    name, colon, chosen = name.partition(":")
     homes = os.environ.get("UNLEARNERS_DATA", "").split(os.pathsep) if os.environ.get("UNLEARNERS_DATA") else HOMES
     found = [p for h in homes if (p := Path(h) / name.rpartition("/")[2]).is_dir()]
-    return str(found[0]) if found else name
+    if not found and not Path(name).is_dir():
+        return name + colon + chosen
+    copy = found[0] if found else Path(name)
+    return str(copy / chosen if chosen and (copy / chosen).is_dir() else copy)
 
 
 def splits(name: str) -> list[str]:
@@ -306,8 +370,9 @@ def splits(name: str) -> list[str]:
 
 
 def has_validation(name: str) -> bool:
-    """Whether a source comes with a validation split of its own."""
-    return any(s in TEST[1:] for s in splits(name))
+    """Whether a source comes with a validation split of its own, beside a test split: alone, it takes the place of the test pictures."""
+    found = splits(name)
+    return "test" in found and any(s in TEST[1:] for s in found)
 
 
 @lru_cache(maxsize=6)
@@ -397,13 +462,21 @@ def _dataset(name: str) -> Any:
         elif beside := captioned_files(Path(name)):
             found = load_dataset("imagefolder", data_files={"train": [str(f) for f in beside]}, drop_labels=True)
         else:
-            found = load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else load_dataset(name)
+            found = load_from_disk(name) if (Path(name) / "dataset_dict.json").is_file() else _named(name)
     except Exception as error:  # the library raises what its readers, the network and the file system raise
         raise UsageError(
             f"no pictures could be read from '{name}' ({str(error).splitlines()[0][:120]}); give a folder of one folder per class, "
             "a dataset's folder, or its hub name, and set UNLEARNERS_DATA to the folder with your copies"
         ) from None
     return found if isinstance(found, DatasetDict) else {"train": found}
+
+
+def _named(name: str) -> Any:
+    """A folder or a dataset of the hub, behind a colon its configuration."""
+    from datasets import load_dataset
+
+    where, _, chosen = name.partition(":")
+    return load_dataset(name) if Path(name).exists() else load_dataset(where, chosen or None)
 
 
 def tarred(path: Path) -> list[Path]:
@@ -431,13 +504,15 @@ def _columns(name: str, rows: Any) -> tuple[str, Tensor, tuple[str, ...], tuple[
     if pictures and captions and not any(isinstance(f, ClassLabel) for f in rows.features.values()):
         return pictures[0], torch.zeros(len(rows), dtype=torch.long), ("",), captions
     named = [k for k, f in rows.features.items() if isinstance(f, ClassLabel)]
-    numbered = [k for k in rows.features if k in ("label", "labels", "fine_label")]
+    numbered = [k for k in rows.features if k in LABELS]
     if not pictures or not (named or numbered):
         wanted = "a column of pictures and one of class labels or captions are needed"
         raise UsageError(f"{name} has the columns {', '.join(rows.features)}; {wanted}")
-    column = (named or numbered)[0]
+    column = next((c for c in LABELS if c in (*named, *numbered)), (named or numbered)[0])
     labels = torch.tensor(rows[column], dtype=torch.long)
-    classes = tuple(rows.features[column].names) if named else tuple(str(i) for i in range(int(labels.max()) + 1))
+    classes = tuple(rows.features[column].names) if column in named else tuple(str(i) for i in range(int(labels.max()) + 1))
+    if set(classes) <= set(WORDNET):  # a generator is asked for them by name
+        classes = tuple(WORDNET[c] for c in classes)
     if (labels < 0).any() or (labels >= len(classes)).any():
         wrong = int(labels[(labels < 0) | (labels >= len(classes))][0])
         raise UsageError(f"{name} labels a picture {wrong}, and its classes are 0 to {len(classes) - 1}; mend or leave out those rows")

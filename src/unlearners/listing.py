@@ -25,7 +25,7 @@ FACTS: dict[str, tuple[str, ...]] = {
 
 def canonical(kind: str, name: str) -> str:
     """Names may be written with hyphens; files have underscores."""
-    return name if kind == "tasks" else name.replace("-", "_")
+    return name if kind in registry.WRITTEN else name.replace("-", "_")
 
 
 def known(kind: str) -> dict[str, str]:
@@ -63,6 +63,8 @@ def about(kind: str, name: str) -> dict[str, Any]:
         if name in tasks.protocols():  # a task once a source is named
             return about | {"about": about["summary"], "fields": []}
         return about | {"task": config.to_dict(tasks.load(name))}
+    if kind == "recipes":
+        return about | {"recipe": config.load_yaml(registry.path(kind, name))}
     cls = registry.get(kind, name)
     facts = {fact: getattr(cls, fact) for fact in FACTS[kind]}
     needs = {"needs": cls.needs.__name__} if kind in ("methods", "attacks", "metrics") else {}
@@ -91,6 +93,8 @@ def sheet(about: Mapping[str, Any]) -> str:
     if "task" in about:
         task = {**about["task"], "probes": f"{len(about['task']['probes'])} prompts (--json prints them)"}
         return "\n".join([*lines, json.dumps(task, indent=2, ensure_ascii=False)])
+    if "recipe" in about:
+        return "\n".join([about["name"] + " (recipe)", "", about["summary"], "", json.dumps(about["recipe"], indent=2, ensure_ascii=False)])
     lines += [about["about"], ""]
     lines += [f"{key}: {about[key]}" for key in ("paper", "access", "needs", "higher_is_better", "version", "reads") if about.get(key)]
     lines += [f"group {name}: {pattern}" for name, pattern in about.get("groups", {}).items()]

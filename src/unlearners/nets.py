@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import unknown
 
-CIFAR = ("resnet18_cifar", "resnet20_cifar", "resnet50_cifar", "swin_t_cifar", "vgg16_bn_cifar")
+CIFAR = ("resnet18_cifar", "resnet20_cifar", "resnet34_cifar", "resnet50_cifar", "swin_t_cifar", "vgg16_bn_cifar")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -49,7 +49,7 @@ def torchvision_classifiers() -> Any:
 def defaults(name: str) -> dict[str, Any]:
     """{"side", "mean", "std"} that an architecture is usually trained with."""
     library, _, model = name.rpartition("/")
-    if model.partition(":")[0] in CIFAR:
+    if model.partition(":")[0] in (*CIFAR, "ddpm_cifar"):
         return {"side": 32, "mean": CIFAR_MEAN, "std": CIFAR_STD}
     if library == "timm":
         import timm
@@ -74,7 +74,7 @@ def _cifar(name: str, classes: int) -> nn.Module:
             [2, 2], 96, [2, 2, 6, 2], [3, 6, 12, 24], [4, 4], stochastic_depth_prob=0.2, num_classes=classes
         )
         return swin
-    net: Any = (resnet.resnet18 if name == "resnet18_cifar" else resnet.resnet50)(num_classes=classes)
+    net: Any = getattr(resnet, name.removesuffix("_cifar"))(num_classes=classes)
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net  # type: ignore[no-any-return]

@@ -20,7 +20,9 @@ from typing import Any
 from . import config
 from .errors import UsageError, unknown
 
-KINDS = ("methods", "attacks", "metrics", "judges", "exports", "targets", "tasks")
+KINDS = ("methods", "attacks", "metrics", "judges", "exports", "targets", "tasks", "recipes")
+WRITTEN = ("tasks", "recipes")
+"""kinds whose things are YAML files, not classes"""
 CONTRACTS = {
     "methods": "Method", "attacks": "Attack", "metrics": "Metric", "judges": "Judge", "exports": "Export", "targets": "Target",
 }  # fmt: skip
@@ -30,17 +32,17 @@ PACKAGE = Path(__file__).parent
 def names(kind: str) -> list[str]:
     """The registered names of a kind, sorted. Nothing is imported.
 
-    For tasks these are the YAML files under tasks/ ("canvas/neon"); an entry point of ``unlearners.tasks`` names a package whose
-    YAML files are tasks "<entry point>/<file>".
+    For tasks and recipes these are the YAML files under tasks/ and recipes/ ("cifar10/random10"); an entry point of ``unlearners.tasks``
+    names a package whose YAML files are tasks "<entry point>/<file>".
     """
-    if kind == "tasks":
-        return sorted(_tasks())
+    if kind in WRITTEN:
+        return sorted(_written(kind))
     return sorted({*_files(kind), *_plugins(kind)})
 
 
 def summary(kind: str, name: str) -> str:
-    """The first docstring line of the class behind a name, or for a task its first comment, read without importing it."""
-    if kind == "tasks":
+    """The first docstring line of the class behind a name, or for a task or recipe its first comment, read without importing it."""
+    if kind in WRITTEN:
         head = path(kind, name).read_text(encoding="utf-8").partition("\n")[0]
         return head.removeprefix("#").strip() if head.startswith("#") else ""
     tree = ast.parse(path(kind, name).read_text(encoding="utf-8"))
@@ -52,11 +54,11 @@ def summary(kind: str, name: str) -> str:
 
 
 def path(kind: str, name: str) -> Path:
-    """The file behind a registered name: a module, or a task's YAML. Raises ``UsageError`` for an unknown name."""
-    known = _tasks() if kind == "tasks" else _files(kind)
+    """The file behind a registered name: a module, or the YAML of a task or recipe. Raises ``UsageError`` for an unknown name."""
+    known = _written(kind) if kind in WRITTEN else _files(kind)
     if name in known:
         return known[name]
-    if kind == "tasks" or name not in (plugins := _plugins(kind)):
+    if kind in WRITTEN or name not in (plugins := _plugins(kind)):
         raise unknown(kind.removesuffix("s"), name, names(kind))
     return _origin(plugins[name])
 
@@ -66,6 +68,8 @@ def get(kind: str, name: str) -> type[Any]:
 
     Raises ``UsageError`` for an unknown name, a name taken twice, or a module without exactly one class of the kind.
     """
+    if kind == "recipes":
+        raise UsageError(f"recipe '{name}' is a YAML file, not a class; use 'unlearn train {name}'")
     if kind == "tasks":
         raise UsageError(f"task '{name}' is a YAML file, not a class; use unlearners.tasks.load('{name}')")
     files, plugins = _files(kind), _plugins(kind)
@@ -140,9 +144,9 @@ def _installed(kind: str, paths: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {e.name: e for e in entry_points(group=f"unlearners.{kind}")}
 
 
-def _tasks() -> dict[str, Path]:
-    found = dict(_yaml(PACKAGE / "tasks", ""))
-    for name, plugin in _plugins("tasks").items():
+def _written(kind: str) -> dict[str, Path]:
+    found = dict(_yaml(PACKAGE / kind, ""))
+    for name, plugin in _plugins(kind).items():
         found.update(_yaml(_origin(plugin).parent, f"{name}/"))
     return found
 

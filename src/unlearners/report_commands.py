@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from . import registry
+from . import config, tasks
 from .flags import Plain, Record
 
 
@@ -16,8 +16,9 @@ def commands(record: Record) -> list[str]:
     run, task = record.run["run"], record.task
     words = ["unlearn", "erase", record.method["name"], run["target"]]
     data = task.get("forget") or {}
-    if task["name"].startswith(("canvas/", "objects/", "clip/")) or task["name"] in registry.names("tasks"):
+    if task["name"] in tasks.names():
         words.append(task["name"])
+        words += seeded(data, run["seed"], config.to_dict(tasks.load(task["name"]))["forget"]["seed"])
     elif data.get("source") and (task.get("retain") or {}).get("source") != data["source"]:
         words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
         held = (task.get("holdout") or {}).get("source", "")
@@ -26,11 +27,11 @@ def commands(record: Record) -> list[str]:
     elif data.get("source"):
         words += option("data", data["source"]) + option("forget", data["rows"])
         words += option("validation", data["validation"]) if data.get("validation") else []
-        words += option("split_seed", data["seed"]) if data.get("seed") else []
+        words += seeded(data, run["seed"], 0)
     else:
         words += option("concept", list(task["concepts"])) + option("kind", task["kind"])
-        for flag, names in (("anchor", task.get("anchors")), ("preserve", task.get("preserve"))):
-            words += option(flag, list(names)) if names else []
+        for flag, field in (("anchor", "anchors"), ("preserve", "preserve")):
+            words += option(flag, list(task[field])) if task.get(field) and field not in task.get("usual", ()) else []
     words += options(record.method)
     words += option("seed", run["seed"])
     if run.get("dtype", "float32") != "float32":
@@ -47,11 +48,18 @@ def commands(record: Record) -> list[str]:
         lines.append(["unlearn", "attack", name, where, *options(attack["attack"]), *option("seed", attack["seed"])])
         asked = attack.get("asked") or {}
         lines[-1] += option("prompts", asked.get("prompts", len(attack["verdicts"])))
-        lines[-1] += [word for k in ("steps", "guidance") if asked.get(k) is not None for word in option(k, asked[k])]
+        lines[-1] += [word for k in ("steps", "guidance", "scheduler") if asked.get(k) is not None for word in option(k, asked[k])]
     if record.evaluation:
         lines.append(["unlearn", "evaluate", where, *measured(record)])
     lines.append(["unlearn", "report", where])
     return [shlex.join(line) for line in lines]
+
+
+def seeded(data: Mapping[str, Any], seed: int, usual: int | str) -> list[str]:
+    """The option of erase for the seed of the pictures, where it is not ``usual``."""
+    if data.get("draw") is not None and data["draw"] == seed:
+        return option("split_seed", "run")
+    return option("split_seed", data["seed"]) if data.get("source") and data.get("seed", 0) != usual else []
 
 
 def measured(record: Record) -> list[str]:

@@ -35,7 +35,9 @@ class Published:
     status: Literal["confirmed", "recalled", "third party"]
     """confirmed: read off the publication; recalled: written down from memory; third party: somebody else's run"""
     task: str = ""
-    """the task of ours that it is compared with; every task when empty"""
+    """the task of ours that it is compared with; every task when this and ``tasks`` are empty"""
+    tasks: tuple[str, ...] = ()
+    """the tasks of ours that its numbers are a mean over; it stands beside each of them"""
     trials: int = 0
     """how many runs a mean ± standard deviation was taken over; 0 when it is not known"""
     note: str = ""
@@ -105,7 +107,7 @@ def write(
     for task in dict.fromkeys(r["task"] for r in rows):
         mine = [r for r in rows if r["task"] == task]
         here = {m: text for (t, m), text in notes.items() if t == task}
-        beside: list[Published | None] = [p for p in compared if p.task in ("", task)]
+        beside: list[Published | None] = [p for p in compared if task in (p.task, *p.tasks) or not (p.task or p.tasks)]
         many = len(_attacks(mine)) > FEW
         apart, rest = ([r for r in mine if (many and r["metric"].partition("/")[0] in ASKED) == own] for own in (True, False))
         for paper in (beside or [None]) if rest else []:

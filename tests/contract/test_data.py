@@ -78,7 +78,7 @@ def test_an_epoch_of_a_loader_shows_every_picture_once_and_resumes() -> None:
 def test_augmentation_is_a_shift_over_a_black_border_and_a_flip() -> None:
     x = torch.randint(1, 255, (40, 3, 16, 16), dtype=torch.uint8)
     torch.manual_seed(1)
-    out = shifted(x)
+    out = shifted(x, 2)
     padded = tidy(torch.nn.functional.pad(x, (2, 2, 2, 2)))
     for i in range(len(x)):
         windows = [padded[i, :, a : a + 16, b : b + 16] for a in range(5) for b in range(5)]

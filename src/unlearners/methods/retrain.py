@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ VERSION = 1  # raised when the recipe's meaning changes, so that old weights are
 
 @dataclass(frozen=True, kw_only=True)
 class Retrain(Method):
-    """Exact unlearning: train from fresh weights on the retain set alone.
+    """Exact unlearning: train from fresh weights on the retain set alone, with the original's augmentation.
 
     Idea: a model that never saw the forget set is the reference; all other methods try to come near it in less time.
 
@@ -65,6 +65,9 @@ class Retrain(Method):
     """decay of the moving average of weights that is kept in the end; 0 keeps the last weights"""
     clip: float = 0.0
     """highest gradient norm; 0 does not clip"""
+    augment: str = config.later("")
+    """of training batches: none, flip, crop, crop-flip, or crop4-flip with its pixels; empty: what the task says, else what the original
+    was trained with"""
     cache: bool = True
     """take finished weights from the cache and put them there"""
 
@@ -79,7 +82,7 @@ class Retrain(Method):
     }  # fmt: skip
 
     def run(self, target: Trainable, task: Task) -> Iterator[Row]:
-        D_r = target.open(task.retain)
+        D_r = target.open(replace(task.retain, augment=self.augment) if self.augment else task.retain)
         kept = self.kept(target, D_r)
         if self.cache and kept.exists():
             state = load_file(kept)
@@ -120,7 +123,9 @@ class Retrain(Method):
     def kept(self, target: Trainable, D_r: Any) -> Path:
         """Where finished weights lie: named by data, rows, family, architecture, recipe, numbers and seed."""
         shapes = {k: list(t.shape) for k, t in live(target.modules).items()}
-        recipe = {k: v for k, v in config.to_dict(self).items() if k != "cache"}
+        recipe = {k: v for k, v in config.to_dict(self).items() if k not in ("cache", "augment")}
+        if D_r.augmentation != target.augmentation:  # the family's own is not named, as in older files
+            recipe["augment"] = D_r.augmentation
         rows = {"digest": D_r.digest, "rows": D_r.indices.tolist(), "dtype": str(target.amp)}
         where = {"family": kebab(target), "shapes": shapes, "version": VERSION, "seed": torch.initial_seed()}
         return files.cache("retrain") / f"{config.content_hash([recipe, rows, where])[:32]}.safetensors"

@@ -31,6 +31,11 @@ class Classifier(Trainable, Recogniser):
     """
 
     aliases: ClassVar[Mapping[str, str]] = {"canvas-classifier": str(canvas.FOLDER / "classifier"), "tiny-classifier": ""}
+    recipe: ClassVar[str] = "classifier"
+    training: ClassVar[Mapping[str, Any]] = {
+        "steps": 0, "epochs": 10, "batch": 256, "forget_batch": 0, "lr": 0.01, "optimizer": "sgd", "weight_decay": 5e-4, "clip": 0.0,
+        "labels": "other", "alpha": 1.0,
+    }  # fmt: skip
     groups: ClassVar[Mapping[str, str]] = {"full": r"net\.", "head": "", "body": ""}  # the last two depend on the head's name
 
     def __init__(self, net: nn.Module, config: Mapping[str, Any], name: str, device: str, dtype: torch.dtype) -> None:
@@ -85,10 +90,19 @@ class Classifier(Trainable, Recogniser):
 
     @classmethod
     def fresh(
-        cls, architecture: str, classes: Sequence[str], *, side: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        architecture: str,
+        classes: Sequence[str],
+        *,
+        side: int = 0,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Random weights from the global generator. ``side`` is the architecture's usual one when 0."""
-        config = _config(architecture, {"classes": list(classes), **({"side": side} if side else {})})
+        """Random weights from the global generator. ``side``, ``mean`` and ``std`` are the architecture's usual ones when 0 and empty."""
+        given = {"side": side, "mean": list(mean), "std": list(std)}
+        config = _config(architecture, {"classes": list(classes), **{k: v for k, v in given.items() if v}})
         return cls(nets.build(architecture, len(classes)), config, architecture, device, dtype)
 
     @classmethod

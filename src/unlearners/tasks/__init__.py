@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import config, registry
 from ..base import Data, Kind, Probe, Task
 from ..errors import UsageError, unknown
+from ..names import banked
 
 FAMILIES = ("canvas", "clip", "objects")
 """modules with a ``task`` for each of their ``names``, called family/name"""
+PICTURES = ("cifar10", "cifar100", "svhn", "tinyimagenet", "imagenette")
+"""families of ``pictures``, which has the data sets of papers"""
+ALONE = ("style", "object")
+"""kinds of the canvas' concepts that are tasks of text/NAME too"""
 EVERYWHERE = ("forget", "retain", "holdout", "utility", "question")
 """what everywhere/NAME, for all that holds the canvas' CLIP, takes from clip/NAME; the rest, such as prompts, is of canvas/NAME"""
 STYLES = ("oil painting", "watercolour", "pencil sketch", "impressionism", "cubism", "pixel art", "ukiyo-e", "photograph")
@@ -46,7 +51,8 @@ def load(name: str) -> Task:
     """A task by name (``canvas/neon``), a prompt set (``i2p``, see ``prompts``), one of ``unlearncanvas``, or from a YAML file with the
     fields of ``Task``.
 
-    In a YAML file ``probes`` may name a CSV file of prompts, from the YAML file's folder on, all of which ask for the first concept.
+    In a YAML file ``probes`` may name a CSV file of prompts, from the YAML file's folder on, all of which ask for the first concept, and
+    ``names`` of ``holdout`` a text file of names that test pictures may be taken for.
     """
     from . import prompts
 
@@ -55,16 +61,26 @@ def load(name: str) -> Task:
         if isinstance(source := plain.get("probes"), str):
             bare = config.build(Task, {**plain, "probes": ()}, where=name)
             own = Path(name).parent / source
-            return replace(bare, probes=prompts.probes(str(own if own.is_file() else source), {bare.axis: bare.concepts[0]}))
-        return config.build(Task, plain, where=name)
+            made = replace(bare, probes=prompts.probes(str(own if own.is_file() else source), {bare.axis: bare.concepts[0]}))
+        else:
+            made = config.build(Task, plain, where=name)
+        if not (bank := made.holdout.names):
+            return made
+        beside = Path(name).parent / bank
+        return banked(made, beside if beside.is_file() else bank)
     if name.partition("@")[0].partition("/")[0] in prompts.SETS:
         return prompts.task(name)
     if name in registry.names("tasks"):
         return config.build(Task, {"name": name, **config.load_yaml(registry.path("tasks", name))}, where=name)
     family, _, concept = name.partition("/")
+    if family in PICTURES:
+        found: Task = import_module(".pictures", __name__).task(name)
+        return found
     if family in (*FAMILIES, "unlearncanvas"):
         task: Task = import_module(f".{family}", __name__).task(concept)
         return task
+    if family == "text" and f"text/{concept}" in names():
+        return text_alone(concept)
     if family == "everywhere" and f"clip/{concept}" in names():
         drawn, read = load(f"canvas/{concept}"), load(f"clip/{concept}")
         return replace(drawn, name=name, **{f: getattr(read, f) for f in EVERYWHERE})
@@ -82,10 +98,34 @@ def names() -> list[str]:
     """Every task that ships with the package or a plug-in; no model is loaded."""
     own = {family: import_module(f".{family}", __name__).names() for family in FAMILIES}
     own["everywhere"] = own["clip"]
-    return [*registry.names("tasks"), *(f"{family}/{c}" for family, concepts in own.items() for c in concepts)]
+    own["text"] = [c for c in own["canvas"] if load(f"canvas/{c}").kind in ALONE]
+    files = registry.names("tasks")
+    papers = [n for n in import_module(".pictures", __name__).names() if n not in files]
+    return [*files, *papers, *(f"{family}/{c}" for family, concepts in own.items() for c in concepts)]
 
 
-def from_data(source: str, forget: str, *, seed: int = 0, validation: float = 0.0, name: str = "") -> Task:
+def text_alone(concept: str) -> Task:
+    """The task text/``concept``: what ``from_concept`` makes of a word of the canvas, measured by the canvas' own prompts and judge.
+
+    Methods see the word and its kind, as with ``--concept``. There are at least 200 images of the concept.
+    """
+    shown = load(f"canvas/{concept}")
+    own = [p for p in shown.probes if shown.names_concept(p)]
+    seeds = range(1000, 1000 - (-200 // len(own)))
+    many = [replace(p, seed=s) for p in own for s in seeds]
+    probes: tuple[Probe, ...] = (*many, *(p for p in shown.probes if not shown.names_concept(p)))
+    return replace(from_concept(concept, shown.kind), name=f"text/{concept}", probes=probes, judge=shown.judge, suite=shown.suite)
+
+
+def reseeded(task: Task, seed: int | Literal["run"] | None) -> Task:
+    """``task`` with ``seed`` for the split and the forget set of its pictures, see ``Data.seed``; as it is when None."""
+    if seed is None:
+        return task
+    own = {name: data for name in ("forget", "retain", "holdout") if (data := getattr(task, name)).source}
+    return replace(task, **{name: replace(data, seed=seed, draw=None) for name, data in own.items()})
+
+
+def from_data(source: str, forget: str, *, seed: int | Literal["run"] = 0, validation: float = 0.0, name: str = "") -> Task:
     """The task that forgets the training pictures ``forget`` names (see ``Data.rows``) of a dataset or image folder.
 
     Test pictures are the source's own, without the forgotten class; a source without any has no ``ta`` and no membership attack.
@@ -130,6 +170,7 @@ def from_pairs(
     retain: str,
     *,
     test: str = "",
+    utility: Sequence[str] = (),
     anchors: Sequence[str] = (),
     preserve: Sequence[str] = (),
     validation: float = 0.2,
@@ -138,7 +179,8 @@ def from_pairs(
 
     Both are folders of pictures with captions, webdataset tars, or datasets; ``retain`` leaves out captions that name a concept.
     ``test`` is a folder of one folder of pictures for each name, the concepts' among them; one half of it is for choices that a method
-    makes, the other is measured on. A share ``validation`` of the pairs is held back to measure on.
+    makes, the other is measured on, and so with each folder of ``utility``, named pictures of other domains that must still be named right.
+    A share ``validation`` of the pairs is held back to measure on.
     """
     words = from_concept(concepts, kind, anchors=anchors, preserve=preserve)
     phrases, many = ",".join(words.concepts), len(words.concepts) > 1
@@ -147,6 +189,7 @@ def from_pairs(
         forget=Data(source=forget, rows=f"caption={phrases}" if many else "", validation=validation),
         retain=Data(source=retain, rows=f"not caption={phrases}", validation=validation),
         holdout=Data(source=test, validation=0.5) if test else Data(),
+        utility=tuple(Data(source=u, validation=0.5) for u in utility),
         suite=(*(("fa", "ta", "similarity") if test else ()), "cosine", "cost"),
         judge="",
     )
@@ -179,4 +222,5 @@ def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence
         anchors=tuple(anchors) or ((anchor,) if anchor else ()),
         preserve=keep,
         probes=tuple(probes),
+        usual=(*(() if anchors else ("anchors",)), *(() if preserve else ("preserve",))),  # type: ignore[arg-type]
     )

@@ -17,7 +17,7 @@ class List(Verb):
     """List what there is."""
 
     what: Positional[str] = ""
-    """methods, attacks, metrics, judges, exports, targets or tasks; all of them when left out"""
+    """methods, attacks, metrics, judges, exports, targets, tasks or recipes; all of them when left out"""
 
     def do(self, part: Any) -> Result:
         if self.what and self.what not in registry.KINDS:

@@ -14,7 +14,7 @@ from .base import Result, Verb
 
 @dataclass(frozen=True, kw_only=True)
 class Show(Verb):
-    """Show a method, attack, metric, judge, export, target or task: paper, needs, presets and fields."""
+    """Show a method, attack, metric, judge, export, target, task or recipe: paper, needs, presets and fields."""
 
     name: Positional[str]
     """its name"""
