@@ -147,14 +147,15 @@ class _Plan:
 
     def __init__(self, spec: Grid, store: Path) -> None:
         self.spec, self.store = spec, store.resolve()
-        self.tasks: dict[str, Task] = {}
+        self.tasks: dict[tuple[str, int], Task] = {}
         retrain = [c for c in spec.methods if c.name == REFERENCE and not c.sweep]
         self.reference = (retrain[0].label or retrain[0].name) if retrain else ""
 
-    def task(self, name: str) -> Task:
-        if name not in self.tasks:
-            self.tasks[name] = tasks.load(name)
-        return self.tasks[name]
+    def task(self, name: str, seed: int) -> Task:
+        """The task called ``name``, with the forget set of ``seed`` where it follows the run's."""
+        if (name, seed) not in self.tasks:
+            self.tasks[name, seed] = tasks.reseeded(tasks.load(name), self.spec.split_seed).at(seed)
+        return self.tasks[name, seed]
 
     def method(self, p: Planned) -> Method:
         given = {"patch": str(self.folder(self.source(p)))} if p.cell.of else {}
@@ -171,7 +172,8 @@ class _Plan:
         if not self.spec.train:
             return absolute(self.spec.target or "canvas")
         train = self.spec.train
-        asked = [train.architecture, config.to_dict(train.data), config.to_dict(recipe(train)), seed, self.spec.dtype]
+        asked = [train.architecture, config.to_dict(train.data.at(seed)), config.to_dict(recipe(train)), seed, self.spec.dtype]
+        asked += [config.to_dict(train.pictures)] if train.pictures else []
         name = re.sub(r"[^A-Za-z0-9_.]+", "-", train.architecture)
         return str(self.store / f"trained-{name}-{config.content_hash(asked)[:8]}")
 
@@ -179,7 +181,11 @@ class _Plan:
         return (
             self.store
             / Run(
-                target=self.target(p.seed, p.cell), task=self.task(p.task), method=self.method(p), seed=p.seed, dtype=self.spec.dtype
+                target=self.target(p.seed, p.cell),
+                task=self.task(p.task, p.drawn),
+                method=self.method(p),
+                seed=p.seed,
+                dtype=self.spec.dtype,
             ).folder
         )
 
@@ -188,8 +194,8 @@ class _Plan:
         if not train:
             return []
         how = {
-            "architecture": train.architecture, "data": train.data, "method": recipe(train), "seed": seed, "out": self.target(seed),
-            "dtype": self.spec.dtype, "device": self.spec.device,
+            "architecture": train.architecture, "data": train.data.at(seed), "method": recipe(train), "seed": seed,
+            "out": self.target(seed), "dtype": self.spec.dtype, "device": self.spec.device, **train.pictures,
         }  # fmt: skip
         label = f"{train.label or train.architecture} (original)"
         return [Job(key=self.target(seed), kind="train", method=label, seed=seed, do=_train, how=how)]
@@ -197,8 +203,8 @@ class _Plan:
     def erase(self, p: Planned) -> Job:
         folder = self.folder(p)
         how = {
-            "method": self.method(p), "target": self.target(p.seed, p.cell), "task": self.task(p.task), "out": folder, "seed": p.seed,
-            "dtype": self.spec.dtype, "device": self.spec.device,
+            "method": self.method(p), "target": self.target(p.seed, p.cell), "task": self.task(p.task, p.drawn), "out": folder,
+            "seed": p.seed, "dtype": self.spec.dtype, "device": self.spec.device,
         }  # fmt: skip
         needs = tuple(j.key for j in self.train(p.seed))
         if p.cell.of:
@@ -207,14 +213,12 @@ class _Plan:
 
     def metrics(self, p: Planned) -> tuple[str, ...]:
         """What is measured of a run."""
-        return p.cell.metrics or self.spec.metrics or self.task(p.task).suite
+        return p.cell.metrics or self.spec.metrics or self.task(p.task, p.seed).suite
 
     def score(self, p: Planned) -> Job:
         """Attack and evaluate, once the run and the models it is compared with are there."""
-        spec, task = self.spec, self.task(p.task)
-        metrics = self.metrics(p)
-        retrained = [r for r in cells(spec) if r.cell.name == REFERENCE and r.task == p.task] if set(REFERENCED) & set(metrics) else []
-        others = [r for r in retrained if r.seed != p.seed] or [r for r in retrained if r.label != p.label]  # none is its own reference
+        spec, task = self.spec, self.task(p.task, p.seed)
+        metrics, others = self.metrics(p), self.references(p)
         attacks = [
             (made("attacks", a, a.fields), a.prompts) for a in spec.attacks if p.cell.attacked and (not a.tasks or p.task in a.tasks)
         ]
@@ -227,7 +231,8 @@ class _Plan:
         }
         how = {
             "folder": self.folder(p), "attacks": attacks, "metrics": metrics, "seeds": task.seeds[: spec.image_seeds or None],
-            "steps": spec.image_steps, "references": [self.folder(r) for r in others], "device": spec.device, "common": common,
+            "steps": spec.image_steps, "scheduler": spec.image_scheduler,
+            "references": [self.folder(r) for r in others], "device": spec.device, "common": common,
             "untouched": _untouched(p.cell),
         }  # fmt: skip
         name = self.folder(p).name
@@ -235,6 +240,17 @@ class _Plan:
             key=f"score {name} {p.label}", kind="evaluate", task=p.task, method=p.label, seed=p.seed, do=_score, how=how,
             needs=(f"erase {name}",), after=tuple(f"erase {self.folder(r).name}" for r in others),
         )  # fmt: skip
+
+    def references(self, p: Planned) -> list[Planned]:
+        """The retrained models that never saw what ``p`` forgets, for the metrics that want them; none is its own reference."""
+        if not set(REFERENCED) & set(self.metrics(p)):
+            return []
+        retrained = [r for r in cells(self.spec) if r.cell.name == REFERENCE and r.task == p.task]
+        if self.task(p.task, p.seed).forget != self.task(p.task, p.seed + 1).forget:  # each seed forgets others
+            own = [r for r in retrained if r.seed == p.seed]
+            more = [r._replace(forgets=p.seed) for r in retrained if r.seed != p.seed][: self.spec.references]
+            return more or [r for r in own if r.label != p.label]
+        return [r for r in retrained if r.seed != p.seed] or [r for r in retrained if r.label != p.label]
 
     @property
     def label(self) -> str:
@@ -245,6 +261,7 @@ class _Plan:
         """Everything that ``planned`` takes. The runs that others are compared with come early."""
         out: list[Job] = []
         first = [p for p in planned if p.cell.name == REFERENCE and set(REFERENCED) & set(self.metrics(p))]
+        first += [r for p in planned for r in self.references(p) if r.forgets is not None]
         for p in first:
             out += [*self.train(p.seed), self.erase(p)]
         for p in planned:
@@ -265,7 +282,7 @@ class _Plan:
             if _plain(metric) in REFERENCED:
                 raise UsageError(f"--select cannot go by {metric}, which needs other models; take it out of 'select.metrics'")
         for name in {t for c in swept for t in c.tasks or spec.tasks}:
-            data = self.task(name).holdout
+            data = self.task(name, spec.seeds[0]).holdout
             if not data.source or not (data.validation or has_validation(data.source)):
                 raise UsageError(f"--select needs a validation split and task {name} has none; give its data a 'validation' share")
 
@@ -339,6 +356,7 @@ def _score(
     metrics: Sequence[str],
     seeds: Sequence[int],
     steps: int | None,
+    scheduler: str,
     references: Sequence[Path],
     device: str,
     common: Mapping[str, Any],
@@ -348,10 +366,11 @@ def _score(
     """Attack and evaluate a finished run; its rows of the table."""
     finished = [str(r) for r in references if is_run(r) and read_run(r)["status"] == "done"]
     more: dict[str, Any] = {"references": finished} if finished else {}
+    drawn: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "device": device, "progress": progress}
     with turn(folder / ".lock", _busy(progress)):
         for attack, prompts in attacks:
-            run.attack(attack, folder, prompts=prompts, steps=steps, device=device, progress=progress)
-        run.evaluate(folder, metrics=list(metrics) or None, seeds=seeds, steps=steps, device=device, progress=progress, **more)
+            run.attack(attack, folder, prompts=prompts, **drawn)
+        run.evaluate(folder, metrics=list(metrics) or None, seeds=seeds, **drawn, **more)
     env = read_run(folder)["env"]
     shared = {**common, "device": f"{env['device']} {env['hardware']}"}
     out = []

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -14,18 +16,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cond:
-    """Text conditioning of a batch: ``states`` (B, L, D); for SDXL also ``pooled`` (B, P) and ``time_ids`` (B, 6)."""
+    """Text conditioning of a batch: ``states`` (B, L, D); for SDXL also ``pooled`` (B, P) and ``time_ids`` (B, 6).
+
+    ``ids`` (B, L) are the token ids that the states were read from, where they were read from any.
+    """
 
     states: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.states)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Cond:
-        pooled, time_ids = (None if x is None else f(x) for x in (self.pooled, self.time_ids))
-        return Cond(f(self.states), pooled, time_ids)
+        pooled, time_ids, ids = (None if x is None else f(x) for x in (self.pooled, self.time_ids, self.ids))
+        return Cond(f(self.states), pooled, time_ids, ids)
 
     def __getitem__(self, rows: Any) -> Cond:
         """Rows by slice, list or index tensor; an integer gives a batch of one."""
@@ -44,8 +50,10 @@ class Cond:
         """Batches one after another."""
         pooled = [p.pooled for p in parts if p.pooled is not None]
         time_ids = [p.time_ids for p in parts if p.time_ids is not None]
+        ids = [p.ids for p in parts if p.ids is not None]
         states = torch.cat([p.states for p in parts])
-        return Cond(states, torch.cat(pooled) if pooled else None, torch.cat(time_ids) if time_ids else None)
+        read = torch.cat(ids) if len(ids) == len(parts) else None
+        return Cond(states, torch.cat(pooled) if pooled else None, torch.cat(time_ids) if time_ids else None, read)
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,14 @@ def guided(target: Any, x: Tensor, t: Any, cond: Cond, null: Cond, guidance: flo
     if guidance == 1:
         e = target.eps(x, t, cond)
         return e
-    e_0, e_c = target.eps(torch.cat([x, x]), t, Cond.cat([null, cond])).chunk(2)
+    e_0, e_c = target.eps(torch.cat([x, x]), tiled(t, 2), Cond.cat([null, cond])).chunk(2)
     e = e_0 + guidance * (e_c - e_0)
     return e
+
+
+def tiled(t: Any, n: int) -> Any:
+    """The times of a batch that stands ``n`` times in one call: ``t`` itself where all rows share it."""
+    return t.repeat(n) if isinstance(t, Tensor) and t.dim() else t
 
 
 @torch.no_grad()
@@ -104,35 +117,52 @@ def denoise(
     cond: Cond,
     null: Cond,
     *,
-    scheduler: Any,
     steps: int,
     guidance: float,
+    scheduler: Any = None,
     stop: int | None = None,
     guide: Guide | None = None,
+    generators: Sequence[torch.Generator] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Denoise ``x`` (B, 4, h, w), unit Gaussian noise, in ``steps``: the states [(t, x_t)] before each step, then (0, x_0).
 
-    ``scheduler`` is any diffusers scheduler; it is copied, since multi-step ones keep state. With ``stop``, only that many steps
-    are run and the last state is (t, x_t) where the next would begin. Without ``guide``, the weights alone draw: a target's own guide
-    is used where pictures are drawn (``sample``), not where a method makes states to train on.
+    Without ``scheduler``, the target's own noise process is followed, step by step and without fresh noise (DDIM). Else ``scheduler`` is
+    any diffusers scheduler; it is copied, since multi-step ones keep state, and takes the noise that it draws itself from ``generators``,
+    one for each row, so that a picture does not depend on its batch. With ``stop``, only that many steps are run and the last state is
+    (t, x_t) where the next would begin. Without ``guide``, the weights alone draw: a target's own guide is used where pictures are drawn
+    (``sample``), not where a method makes states to train on.
     """
-    scheduler, step = deepcopy(scheduler), guide(target) if guide else partial(guided, target)
+    step, states = guide(target) if guide else partial(guided, target), []
+    if scheduler is None:
+        times = target.process.times(steps, x.device)
+        for i, (t, to) in enumerate(pairwise(times)):
+            states.append((t, x))
+            if i == stop:
+                return states
+            x = target.process.step(x, step(x, t, cond, null, guidance), t, to)
+        return [*states, (torch.zeros((), device=x.device), x)]
+    scheduler = deepcopy(scheduler)
+    draws = generators is not None and "generator" in signature(scheduler.step).parameters
+    own: dict[str, Any] = {"generator": list(generators or ())} if draws else {}
     scheduler.set_timesteps(steps, device=x.device)
     x = x * scheduler.init_noise_sigma
-    states = []
     for i, t in enumerate(scheduler.timesteps):
         x_in = scheduler.scale_model_input(x, t)
         states.append((t, x_in))
         if i == stop:
             return states
-        x = scheduler.step(step(x_in, t, cond, null, guidance), t, x).prev_sample
+        x = scheduler.step(step(x_in, t, cond, null, guidance), t, x, **own).prev_sample
     return [*states, (torch.zeros((), device=x.device), x)]
 
 
-def noise(seeds: Sequence[int], shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Unit Gaussian noise (len(seeds), *shape), each row from its own seed and the same on every device."""
-    rows = [torch.randn(tuple(shape), generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(rows).to(device, dtype)
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A random stream for each picture: its start noise first, then whatever its sampler draws."""
+    return [torch.Generator().manual_seed(s) for s in seeds]
+
+
+def noise(rows: Sequence[torch.Generator], shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Unit Gaussian noise (len(rows), *shape), each row from its own generator and the same on every device."""
+    return torch.stack([torch.randn(tuple(shape), generator=g) for g in rows]).to(device, dtype)
 
 
 class TrajectoryPool:
@@ -145,7 +175,7 @@ class TrajectoryPool:
         self.x = self.t = self.prompt = torch.empty(0)
         self.age = 0
 
-    def fill(self, target: Any, cond: Cond, null: Cond, prompt: Tensor, *, scheduler: Any, steps: int, guidance: float) -> None:
+    def fill(self, target: Any, cond: Cond, null: Cond, prompt: Tensor, *, steps: int, guidance: float, scheduler: Any = None) -> None:
         """Sample one trajectory for each row of ``cond`` (M rows); ``prompt`` (M,) says which prompt a row is of."""
         x = torch.randn(len(cond), *target.latent_shape).to(target.device, cond.states.dtype)
         states = denoise(target, x, cond, null, scheduler=scheduler, steps=steps, guidance=guidance)[:-1]
@@ -179,12 +209,11 @@ def states(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x_t (batch, 4, h, w) sampled by ``target``, its t (batch,), and which row of ``shown`` each is of.
 
-    Each call samples a partial trajectory of ``first`` to ``steps`` - 1 steps, of DDIM unless a ``scheduler`` is given. With ``size``
-    above 0 the states come from ``pool`` instead, that many whole trajectories, sampled anew after ``refresh`` calls.
+    Each call samples a partial trajectory of ``first`` to ``steps`` - 1 steps, along the target's noise process (DDIM) unless a
+    ``scheduler`` is given. With ``size`` above 0 the states come from ``pool`` instead, that many whole trajectories, sampled anew after
+    ``refresh`` calls.
     """
-    from diffusers import DDIMScheduler
-
-    how = {"scheduler": scheduler or DDIMScheduler.from_config(target.scheduler.config), "guidance": guidance, "steps": steps}
+    how = {"scheduler": scheduler, "guidance": guidance, "steps": steps}
     if size:
         if len(pool.t) == 0 or pool.age >= refresh:
             # all prompts alike, or some of them until the pool is sampled anew

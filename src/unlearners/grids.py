@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ class Cell:
     target: str = ""
     """for a method: another target than the grid's"""
     of: str = ""
-    """for plug: the label of the method whose weights are put on, as trained for the same task and seed"""
+    """for plug and spm_gate: the label of the method whose weights are put on, as trained for the same task and seed"""
     metrics: tuple[str, ...] = ()
     """for a method: what is measured of it; the grid's metrics when empty"""
     prompts: int = 0
@@ -68,6 +68,16 @@ class Train:
     """of retrain"""
     label: str = ""
     """what the tables call it; the architecture when empty"""
+    side: int = config.later(0)
+    """height and width of pictures; the architecture's usual one when 0"""
+    mean: tuple[float, ...] = config.later(())
+    std: tuple[float, ...] = config.later(())
+    """what pictures are normalised with; the architecture's usual ones when empty"""
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """What ``train.train`` is told of the pictures' form."""
+        return {k: v for k, v in (("side", self.side), ("mean", self.mean), ("std", self.std)) if v}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +98,24 @@ class Grid:
     target: str = ""
     """what the methods are run on; canvas when it is empty and nothing is trained"""
     train: Train | None = None
-    """train the original first"""
+    """train the original first; in a file also the name of a recipe ('unlearn list recipes')"""
     tasks: tuple[str, ...]
     methods: tuple[Cell, ...]
     attacks: tuple[Cell, ...] = ()
     metrics: tuple[str, ...] = ()
     """empty: each task's suite"""
     seeds: tuple[int, ...] = (0,)
+    split_seed: int | Literal["run"] | None = config.later(None)
+    """seed of the split and of the forget sets of all tasks, in place of their own; "run": each seed has a forget set of its own"""
+    references: int = config.later(0)
+    """for metrics that want models which never saw the forget set: for each seed so many more of the reference method, with other seeds of
+    the grid; 0 takes those that the grid has anyway"""
     image_seeds: int = 0
     """pictures for each prompt; 0 takes all of the task's seeds"""
     image_steps: int | None = None
     """sampler steps of each picture; the model's own when left out"""
+    image_scheduler: str = ""
+    """sampler of each picture, such as lms; the model's own when left out"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
     gpus: float = 0.0
@@ -125,6 +142,13 @@ class Planned(NamedTuple):
     cell: Cell
     fields: dict[str, Any]
     seed: int
+    forgets: int | None = None
+    """the seed of what is forgotten, where it is another run's"""
+
+    @property
+    def drawn(self) -> int:
+        """The seed of what is forgotten."""
+        return self.seed if self.forgets is None else self.forgets
 
 
 Chosen = Mapping[tuple[str, str], Mapping[str, Any]]  # (task, label) → the swept fields' values
@@ -160,8 +184,14 @@ def written(values: Mapping[str, Any]) -> str:
 def read(path: str | Path) -> Grid:
     """A grid file, checked as far as that is possible before anything runs. Raises ``UsageError``."""
     path = Path(path)
-    spec: Grid = config.build(Grid, {"name": path.stem, **config.load_yaml(path)}, where=str(path))
-    named = {t: tasks.load(t) for t in {*spec.tasks, *(t for c in (*spec.methods, *spec.attacks) for t in c.tasks)}}
+    plain = {"name": path.stem, **config.load_yaml(path)}
+    if isinstance(plain.get("train"), str):
+        plain["train"] = config.load_yaml(registry.path("recipes", plain["train"]))
+    spec: Grid = config.build(Grid, plain, where=str(path))
+    if spec.train and isinstance(spec.split_seed, int):
+        spec = replace(spec, train=replace(spec.train, data=replace(spec.train.data, seed=spec.split_seed)))
+    every = {*spec.tasks, *(t for c in (*spec.methods, *spec.attacks) for t in c.tasks)}
+    named = {t: tasks.reseeded(tasks.load(t), spec.split_seed) for t in every}
     for kind, parts in (("methods", spec.methods), ("attacks", spec.attacks)):
         for cell in parts:
             for values in points(cell):
@@ -169,26 +199,31 @@ def read(path: str | Path) -> Grid:
     for metric in (*spec.metrics, *(m for c in spec.methods for m in c.metrics)):
         registry.path("metrics", metric)
     seen = set()
-    for task, label, cell, _, seed in cells(spec):
+    for task, label, cell, _, seed, _ in cells(spec):
         if (task, label, seed) in seen:
             raise UsageError(f"two methods of grid {spec.name} are called '{label}' on {task}; give {cell.name} a 'label' of its own")
         seen.add((task, label, seed))
     for cell in spec.methods:
-        if bool(cell.of) != (cell.name == "plug"):
-            raise UsageError(f"'of' of grid {spec.name} names what plug puts on; give it to plug, and to nothing else")
+        if bool(cell.of) != (cell.name in ("plug", "spm_gate")):
+            raise UsageError(f"'of' of grid {spec.name} names the run that plug or spm_gate takes; give it to these, and to nothing else")
         for task in cell.tasks or spec.tasks if cell.of else ():
             if (task, cell.of, spec.seeds[0]) not in seen:
                 raise UsageError(
-                    f"plug of grid {spec.name} is of '{cell.of}', which is not run on {task}; give the label of a method that is"
+                    f"{cell.name} of grid {spec.name} is of '{cell.of}', which is not run on {task}; give the label of a method that is"
                 )
     if spec.train:
         recipe(spec.train)
         for name, wanted in named.items():
-            one, other = spec.train.data, wanted.forget
+            one, other = spec.train.data.at(0), wanted.at(0).forget
             if one.source == other.source and (one.seed, one.validation) != (other.seed, other.validation):
                 raise UsageError(
                     f"the original is trained on another split than {name} forgets from; give train.data of grid {spec.name} "
                     f"seed {other.seed} and validation {other.validation:g}"
+                )
+            if one.source == other.source and other.subset and one.subset != other.subset:
+                raise UsageError(
+                    f"the original is trained on another subset than {name} forgets from; give train.data of grid {spec.name} "
+                    f"subset {other.subset}, or take it out of the task, which then has the original's"
                 )
     return spec
 
@@ -196,6 +231,12 @@ def read(path: str | Path) -> Grid:
 def made(kind: str, cell: Cell, fields: Mapping[str, Any]) -> Any:
     """The method or attack of a cell with these fields."""
     return registry.make(kind, cell.name, **({"preset": cell.preset} if cell.preset else {}), **fields)
+
+
+def trained(name: str) -> Train:
+    """The recipe called ``name``."""
+    made: Train = config.build(Train, config.load_yaml(registry.path("recipes", name)), where=name)
+    return made
 
 
 def recipe(train: Train) -> Any:

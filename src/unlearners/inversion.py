@@ -58,6 +58,7 @@ class Inversion:
 
         Raises ``UsageError`` when the template with k tokens is longer than the text encoder reads.
         """
+        target.differentiable()
         self.target, self.lr, self.warmup, self.norm, self.age = target, lr, warmup, norm, 0
         before, _, after = template.partition("{}")
         filler = "x " * k  # one letter is one token of every such tokenizer; its own embedding is never used
@@ -96,7 +97,7 @@ class Inversion:
         self.opt.param_groups[0]["lr"] = lr = self.lr * min(1.0, (self.age + 1) / max(1, self.warmup))
         self.age += 1
         eps = torch.randn(x_0.shape).to(x_0)
-        t = torch.randint(self.target.train_steps, (len(x_0),)).to(x_0.device)
+        t = self.target.process.draw(len(x_0), device=x_0.device)
         out = self.target.eps(self.target.add_noise(x_0, eps, t), t, self.encode(who))
         error = (out.float() - self.target.goal(x_0, eps, t).float()).square().mean((1, 2, 3))  # (B,)
         share = who.bincount().to(error)[who]  # a concept's rows count as its mean, so that the others' do not matter to it

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import config, diffusion, keep, patch
+from . import config, diffusion, keep, patch, schedulers
 from .base import Data, Task
 from .data import Examples, Loader, open_data
 
@@ -168,11 +168,12 @@ def drawn(target: Any, prompts: Sequence[str], n: int, *, first: int = SEED) -> 
 
     They do not go through the VAE. The global random state is as before, whether they are drawn or found.
     """
-    said = [prompts[i % len(prompts)] for i in range(n)]
+    said, sampler = [prompts[i % len(prompts)] for i in range(n)], schedulers.named(target)
+    settings = {k: target.sampler[k] for k in ("steps", "guidance")}
     about = {
         "version": VERSION,
         "weights": patch.fingerprint(target.modules),
-        "sampler": [type(target.scheduler).__name__, target.scheduler.to_json_string(), target.sampler, str(target.dtype)],
+        "sampler": [type(sampler).__name__, sampler.to_json_string(), settings, str(target.dtype)],
         "prompts": said,
         "seeds": [first, n],
     }
@@ -181,12 +182,11 @@ def drawn(target: Any, prompts: Sequence[str], n: int, *, first: int = SEED) -> 
         unique, made = list(dict.fromkeys(said)), []
         cond = diffusion.Cond.cat([target.encode(unique[part]) for part in diffusion.batches(len(unique), CHUNK)])
         row = [unique.index(p) for p in said]
-        with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
-            torch.manual_seed(first)  # for schedulers that add noise of their own
-            for part in diffusion.batches(n, CHUNK):
-                c = cond[row[part]]
-                x = diffusion.noise(range(first, first + n)[part], target.latent_shape, target.device, c.states.dtype)
-                made.append(diffusion.denoise(target, x, c, target.null(len(c)), scheduler=target.scheduler, **target.sampler)[-1][1].cpu())
+        for part in diffusion.batches(n, CHUNK):
+            c, rows = cond[row[part]], diffusion.generators(range(first, first + n)[part])
+            x = diffusion.noise(rows, target.latent_shape, target.device, c.states.dtype)
+            how: dict[str, Any] = {"scheduler": sampler, "generators": rows, **settings}
+            made.append(diffusion.denoise(target, x, c, target.null(len(c)), **how)[-1][1].cpu())
         return torch.cat(made)
 
     return Latents(kept(about, draw), tuple(said), config.content_hash(about), torch.arange(n), target.device)

@@ -6,17 +6,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from . import config, diffusion, keep, patch
 from .diffusion import Cond
 from .errors import UsageError
 
-VERSION = 1  # raised when the meaning of a pool's file changes
+VERSION = 2  # raised when the meaning of a pool's file changes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Recipe:
     """How a pool is sampled."""
 
     steps: int
-    """of DDIM for a whole trajectory"""
+    """of a whole trajectory along the noise process (DDIM)"""
     guidance: float
     """of classifier-free guidance while sampling"""
     trajectories: int
@@ -33,8 +33,9 @@ class Recipe:
     """trajectories of every other prompt"""
     gb: float = 2.0
     """size it may have; fewer states of each trajectory are kept when all would be larger"""
-    late: bool = False
-    """tell the network a time some two sampler steps noisier than the state is, as the code of ESD and AdvUnlearn does"""
+    told: Literal["grid", "bucket", "late"] = "grid"
+    """the time that the network is told of a state: its own; uniform within half a sampler step around it, so that all times of the
+    schedule are met and not only ``steps`` of them; or some two sampler steps noisier, as the code of ESD and AdvUnlearn does"""
 
 
 class States(NamedTuple):
@@ -139,41 +140,41 @@ def _built(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: 
     prompt = [i for i in range(len(concepts)) for _ in range(many)]
     prompt += [len(concepts) + i for i in range(len(others)) for _ in range(recipe.each)]
     C, M, shape = len(concepts) * many, len(prompt), target.latent_shape  # trajectories of concepts, and in all
-    null = target.encode([""])
+    null = target.null()
     dtype, numel = next(iter(target.modules["unet"].parameters())).dtype, math.prod(shape)
     S = min(recipe.steps, int(recipe.gb * 1e9 / (numel * dtype.itemsize * (2 * M + C))))  # states kept of each trajectory
     if S < 1:
         raise UsageError(f"pool_gb is {recipe.gb}, too little for one state of each of {M} trajectories; raise it or sample fewer")
     kept = torch.zeros(recipe.steps, M, dtype=torch.bool)
     luck = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    spread = ((torch.arange(S)[:, None] + torch.rand(M, generator=luck)) * recipe.steps / S).long()  # (S, M), ascending in each column
+    # One offset for each trajectory, so that its S steps lie steps / S >= 1 apart and no two of them coincide.
+    spread = ((torch.arange(S)[:, None] + torch.rand(M, generator=luck, dtype=torch.float64)) * recipe.steps / S).long()  # (S, M)
     kept.scatter_(0, spread.clamp(max=recipe.steps - 1), True)
     place = torch.arange(M) * S + kept.long().cumsum(0) - 1  # (steps, M): the row of a kept state
 
     x_all, e_all = torch.empty(M * S, *shape, dtype=dtype), torch.empty(M * S, *shape, dtype=dtype)
-    e_0_all, t_all = torch.empty(C * S, *shape, dtype=dtype), torch.empty(M * S, dtype=torch.long)
-    scheduler = DDIMScheduler.from_config(target.scheduler.config)
-    scheduler.set_timesteps(recipe.steps, device=target.device)
-    width = max(1, target.train_steps // recipe.steps)
+    e_0_all, t_all = torch.empty(C * S, *shape, dtype=dtype), torch.empty(M * S)
+    times = target.process.times(recipe.steps, target.device)
+    width, last = max(1, target.train_steps // recipe.steps), float(target.train_steps - 1)
     for part in diffusion.batches(M, max(1, min(128, 2**18 // numel))):
         m = torch.arange(M)[part]
         cond = target.encode([[*concepts, *others][prompt[i]] for i in m.tolist()])
         both = Cond.cat([null.repeat(len(m)), cond])
         seeds = [(torch.initial_seed() + 1_000_003 * i) % 2**63 for i in m.tolist()]
-        x = diffusion.noise(seeds, shape, target.device, null.states.dtype)
-        for s, t in enumerate(scheduler.timesteps):
+        x = diffusion.noise(diffusion.generators(seeds), shape, target.device, null.states.dtype)
+        for s, (t, to) in enumerate(pairwise(times)):
             e_0, e_c = target.eps(torch.cat([x, x]), t, both).chunk(2)
             keep = kept[s, m]
             rows, here = place[s, m][keep], keep.to(target.device)
             told, f_0, f_c = t.expand(int(keep.sum())), e_0[here], e_c[here]
-            if recipe.late and len(rows):
-                later = 2 * width - 1 + torch.randint(width, (len(rows),), generator=luck)
-                told = (told.cpu() + later).clamp(max=target.train_steps - 1).to(target.device)
+            if recipe.told != "grid" and len(rows):
+                shift = torch.randint(width, (len(rows),), generator=luck) + (2 * width - 1 if recipe.told == "late" else -(width // 2))
+                told = (told.cpu() + shift).clamp(0, last).to(target.device)
                 two = Cond.cat([null.repeat(len(rows)), cond[here]])
                 f_0, f_c = target.eps(x[here].repeat(2, 1, 1, 1), told.repeat(2), two).chunk(2)
-            x_all[rows], e_all[rows], t_all[rows] = x[here].to("cpu", dtype), f_c.to("cpu", dtype), told.long().cpu()
+            x_all[rows], e_all[rows], t_all[rows] = x[here].to("cpu", dtype), f_c.to("cpu", dtype), told.float().cpu()
             own = rows < len(e_0_all)
             e_0_all[rows[own]] = f_0.to("cpu", dtype)[own]
-            x = scheduler.step(e_0 + recipe.guidance * (e_c - e_0), t, x).prev_sample
+            x = target.process.step(x, e_0 + recipe.guidance * (e_c - e_0), t, to)
     first = torch.tensor([prompt.index(p) * S for p in range(len(concepts) + len(others))] + [M * S])
     return {"x": x_all, "t": t_all, "e_c": e_all, "e_0": e_0_all, "first": first}

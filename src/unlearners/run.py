@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import __version__, config, judges, patch, registry, tasks
+from . import __version__, config, judges, patch, registry, schedulers, tasks
+from .banks import banked
 from .base import Attack, Item, Method, Metric, Request, Row, Run, Score, Target, Task, Verdict, chosen, kebab, require, settle
 from .errors import UsageError
 from .files import locked, replacing, sentence, write_json, write_text
@@ -27,7 +28,7 @@ from .meter import Meter
 from .outputs import Answers, FolderOutputs, Gallery, Predictions, save_picture
 from .session import FolderSession, Progress, environment
 from .targets import absolute, guide_run, load, put_guide, read_run, root, weighed
-from .targets.base import Chat, TextToImage, Trainable
+from .targets.base import Chat, DualEncoder, TextToImage, Trainable
 
 SCHEMA = 1
 SAID = {field.name for field in dataclass_fields(Verdict)}
@@ -57,7 +58,7 @@ def erase(
     Raises ``UsageError`` for parts that do not fit and ``NonFiniteError`` when training diverges.
     """
     method = registry.make("methods", method, **fields) if isinstance(method, str) else method
-    task = tasks.load(task) if isinstance(task, str) else task
+    task = (tasks.load(task) if isinstance(task, str) else task).at(seed)
     where = absolute(target)
     run = Run(target=where, task=task, method=method, seed=seed, dtype=dtype, patches=tuple(str(Path(p).resolve()) for p in patches))
     folder = Path(out) if out else Path(runs) / run.folder
@@ -140,7 +141,9 @@ def _noted(model: Trainable, task: Task, folder: Path) -> dict[str, Any]:
     forget = model.open(task.forget)
     write_text(folder / "forget.txt", "".join(f"{i}\n" for i in forget.indices.tolist()))
     kept = len(model.open(task.retain)) if task.retain.source else 0
-    return {"source": task.forget.source, "digest": forget.digest, "forget": len(forget), "retain": kept, "classes": len(forget.classes)}
+    found = {"source": task.forget.source, "digest": forget.digest, "forget": len(forget), "retain": kept, "classes": len(forget.classes)}
+    subset = task.forget.subset or int(model.trained_on.get("subset", 0))
+    return {**found, "seed": task.forget.seed, "draw": task.forget.draw, "subset": subset, "augment": forget.augmentation}
 
 
 def _save_weights(
@@ -192,8 +195,14 @@ def _original(record: Mapping[str, Any], device: str) -> Target:
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
-def _sampler(target_defaults: Mapping[str, Any], steps: int | None, guidance: float | None) -> dict[str, Any]:
-    return {"steps": steps or target_defaults["steps"], "guidance": target_defaults["guidance"] if guidance is None else guidance}
+def _sampler(model: Any, steps: int | None, guidance: float | None, scheduler: str) -> dict[str, Any]:
+    """Settings of every picture that is drawn; ``UsageError`` for a scheduler that the model cannot be drawn with."""
+    own = model.sampler
+    sampler = {"steps": steps or own["steps"], "guidance": own["guidance"] if guidance is None else guidance}
+    if scheduler:
+        schedulers.named(model, scheduler)
+        sampler["scheduler"] = scheduler
+    return sampler
 
 
 def _original_folder(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -211,6 +220,7 @@ def attack(
     prompts: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    scheduler: str = "",
     suite: str = "",
     max_tokens: int = 0,
     device: str = "cpu",
@@ -221,7 +231,8 @@ def attack(
 
     The prompts are the task's that name a concept, each with the task's first seed, then with the next, and so on, until there are
     ``prompts`` of them (0: all with one seed). A prompt with a seed of its own is drawn with that, then with the numbers after it.
-    ``steps`` and ``guidance`` are the sampler's, of every picture that is judged, but for prompts that bring their own guidance.
+    ``steps`` and ``guidance`` are the sampler's, of every picture that is judged, but for prompts that bring their own guidance;
+    ``scheduler`` names another sampler than the model's own ("lms", "ddim", "euler" …; see ``schedulers.NAMES``).
     ``suite`` is a task whose prompts and judge take the place of the run's. Prompts of more than ``max_tokens`` tokens, start and end
     included, are judged and counted but not attacked (0: all are). A finished attack with the same settings is not repeated.
     """
@@ -229,7 +240,7 @@ def attack(
     folder = Path(folder)
     read_run(folder)
     with locked(folder):
-        return _attack(attack, folder, seed, prompts, steps, guidance, suite, max_tokens, device, progress)
+        return _attack(attack, folder, seed, prompts, steps, guidance, scheduler, suite, max_tokens, device, progress)
 
 
 def _attack(
@@ -239,6 +250,7 @@ def _attack(
     prompts: int,
     steps: int | None,
     guidance: float | None,
+    scheduler: str,
     suite: str,
     max_tokens: int,
     device: str,
@@ -252,6 +264,8 @@ def _attack(
     asked = {"attack": {"name": name, **config.to_dict(attack)}, "seed": seed, "prompts": prompts, "steps": steps, "guidance": guidance}
     asked |= {"suite": suite} if suite else {}
     asked |= {"max_tokens": max_tokens} if max_tokens else {}
+    asked |= _reader(task)
+    asked |= {"scheduler": scheduler} if scheduler else {}
     if path.exists():
         found = json.loads(path.read_text())
         if found["asked"] == asked:
@@ -268,14 +282,16 @@ def _attack(
             f"{name} searches towards what the model drew before the erasure, which nobody knows of {record['run']['target']}; "
             "name that model with --base"
         )
-    if record.get("guide") and attack.access == "white" and not getattr(attack, "transfer", False):
+    model = load(str(folder), device=device, dtype=record["run"]["dtype"])
+    asks = attack.access == "black" or getattr(attack, "transfer", False) or (attack.through and model.late_guide)
+    if record.get("guide") and not asks:
         also = "set transfer to search in the weights alone and try what is found, or " if hasattr(attack, "transfer") else ""
         raise UsageError(
-            f"{name} follows gradients of the weights, and {record['guide']} acts outside of them; {also}use an attack that only asks for "
-            "pictures, such as paraphrase or random_tokens"
+            f"{name} follows gradients of the weights and cannot go through {record['guide']}, which acts outside of them; {also}use an "
+            "attack that only asks for pictures, such as paraphrase or random_tokens"
         )
-    model, judge = load(str(folder), device=device, dtype=record["run"]["dtype"]), judges.load(task.judge)
-    model.sampler = _sampler(model.sampler, steps, guidance)  # type: ignore[attr-defined]
+    judge = judges.load(task.judge)
+    model.sampler = _sampler(model, steps, guidance, scheduler)  # type: ignore[attr-defined]
     before = cache(lambda: _original(record, device))
     model.original = None if alone else before
     gallery = Gallery(_original_folder(folder, record), model.sampler)  # type: ignore[attr-defined]
@@ -380,9 +396,11 @@ def evaluate(
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     guidance: float | None = None,
+    scheduler: str = "",
     split: Literal["test", "validation"] = "test",
     references: Sequence[str | Path] = (),
     suite: str = "",
+    names: str | Path = "",
     batch: int = 64,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -395,12 +413,13 @@ def evaluate(
     done when the results are those of the same request. ``split="validation"`` measures on held-out training pictures in place of the
     test pictures and writes ``validation.json`` alone: settings are chosen there. ``references`` are run folders of models that never
     saw the forget set. ``suite`` is a task, such as "i2p", whose prompts, seeds, judge and metrics take the place of the run's; what it
-    measures goes to ``suites/<name>.json`` alone.
+    measures goes to ``suites/<name>.json`` alone. ``scheduler`` names another sampler than the model's own, as in ``attack``. ``names`` is
+    a text file of names, one a line, that the test pictures of a dual encoder may be taken for too.
     """
     folder = Path(folder)
     read_run(folder)
     with locked(folder):
-        return _evaluate(folder, metrics, seeds, steps, guidance, split, references, suite, batch, device, progress)
+        return _evaluate(folder, metrics, seeds, steps, guidance, scheduler, split, references, suite, str(names), batch, device, progress)
 
 
 def _evaluate(
@@ -409,16 +428,24 @@ def _evaluate(
     seeds: Sequence[int] | None,
     steps: int | None,
     guidance: float | None,
+    scheduler: str,
     split: Literal["test", "validation"],
     references: Sequence[str | Path],
     suite: str,
+    names: str,
     batch: int,
     device: str,
     progress: Progress | None,
 ) -> Path:
     """``evaluate`` in a folder that this process holds."""
     record, task = _of(folder)
-    task = tasks.load(suite) if suite else task
+    for other in references:
+        _same_forgotten(task, Path(other))
+    task = tasks.load(suite).at(record["run"]["seed"]) if suite else task
+    if names:
+        if not issubclass(registry.get("targets", record["family"]), DualEncoder):
+            raise UsageError(f"--names is of pictures that are named zero-shot, and {folder} is a {record['family']}; leave it out")
+        task = banked(task, names)
     if seeds:
         task = replace(task, seeds=tuple(seeds))
     if split != "test":
@@ -434,7 +461,10 @@ def _evaluate(
         "weights": (record["weights"] or {}).get("sha256"),
         "references": sorted(read_run(r)["hash"] for r in references),
     }
+    asked |= {"scheduler": scheduler} if scheduler else {}
     asked |= {"suite": suite, "probes": config.content_hash(config.to_dict(task.probes))} if suite else {}
+    asked |= {"names": task.holdout.names_digest} if names else {}
+    asked |= _reader(task)
     tests = split == "test" and not suite
     done, file = (
         _suite_files(folder, task.name)
@@ -450,7 +480,7 @@ def _evaluate(
     erased = load(str(folder), device=device, dtype=record["run"]["dtype"])
     original = erased.original = cache(lambda: _original(record, device))
     wanted = [r for m in measured for r in m.requests(erased, task)]
-    sampler = _sampler(erased.sampler, steps, guidance) if wanted else {}  # type: ignore[attr-defined]
+    sampler = _sampler(erased, steps, guidance, scheduler) if wanted else {}
     judge = cache(lambda: judges.load(task.judge))
     verdicts = {name: [Verdict(**{k: v for k, v in row.items() if k in SAID}) for row in json.loads(p.read_text())["verdicts"]]
                 for name, p in attacked.items()}  # fmt: skip
@@ -508,6 +538,24 @@ def _evaluate(
     return file
 
 
+def _reader(task: Task) -> dict[str, Any]:
+    """The version of the task's judge where it has had another, so that what an older one said is not taken for an answer."""
+    name = task.judge.partition(":")[0]
+    version = registry.get("judges", name).version if name in registry.names("judges") else 1
+    return {"judge": [name, version]} if version > 1 else {}
+
+
+def _same_forgotten(task: Task, reference: Path) -> None:
+    """Refuse a reference that did not leave out what ``task`` forgets: it would have seen it."""
+    other = config.build(Task, read_run(reference)["run"]["task"]).forget
+    if other != task.forget:
+        said = f"{other.rows or 'all'} of {other.source or 'nothing'}" + (f", seed {other.seed if other.draw is None else other.draw}")
+        raise UsageError(
+            f"the reference {reference} left out other pictures ({said}) than this run forgets, so it saw those; give one of the same "
+            "task, with the same --split-seed"
+        )
+
+
 def _suite_files(folder: Path, suite: str) -> tuple[Path, Path]:
     """Where the request and the results of a named suite go."""
     (folder / "suites").mkdir(exist_ok=True)
@@ -523,7 +571,7 @@ def results(folder: str | Path) -> list[dict[str, Any]]:
 
 def _scores(metric: Metric, score: Score | dict[str, Score]) -> dict[str, Score]:
     name = kebab(metric)
-    return {name: score} if isinstance(score, Score) else {f"{name}/{k}": v for k, v in score.items()}
+    return {name: score} if isinstance(score, Score) else {f"{name}/{k}" if k else name: v for k, v in score.items()}
 
 
 def _plain(score: Score) -> dict[str, Any]:

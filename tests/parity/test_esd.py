@@ -41,7 +41,7 @@ def step(pipe: Any, said: str, trained: list[str]) -> tuple[float, dict[str, Ten
             a, b = acp[t], acp[t - stride] if t >= stride else acp[0]
             x_0 = (x - (1 - a).sqrt() * e) / a.sqrt()
             x = b.sqrt() * x_0 + (1 - b).sqrt() * e
-        t = times[stop] + int(torch.randint(stride, (1,)))
+        t = min(max(times[stop] + int(torch.randint(stride, (1,))) - stride // 2, 0), 999)  # within half a step around x_t's own time
         e_0, e_c = eps(x, t, null), eps(x, t, c)
     weights = {n: p for n, p in unet.named_parameters() if n in trained}
     for p in weights.values():

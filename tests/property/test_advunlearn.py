@@ -451,7 +451,7 @@ def test_targets_are_the_model_s_own_predictions(sd: Callable[..., Any], home: P
 
 def test_late_times_are_later_and_the_targets_are_of_them(sd: Callable[..., Any], home: Path) -> None:
     model = sd()
-    (plain, _), (late, _) = opened(model), opened(model, recipe=replace(RECIPE, late=True))
+    (plain, _), (late, _) = opened(model), opened(model, recipe=replace(RECIPE, told="late"))
     assert torch.equal(plain.x, late.x)
     gap = late.t - plain.t
     assert bool(((gap >= 499) & (gap < 749) | (late.t == 999)).all())

@@ -28,7 +28,7 @@ from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
 from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Probe, Row, Task, Verdict
 from unlearners.diffusion import denoise
 from unlearners.errors import UsageError
-from unlearners.targets.base import Denoiser, TextToImage, ddim
+from unlearners.targets.base import TextToImage
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import load
 
@@ -176,7 +176,7 @@ def test_texts_are_framed_as_the_tokenizer_does() -> None:
 def drawn_back(target: StableDiffusion, start: Tensor) -> Tensor:
     """What DDIM makes of start noise without a text: latents, since a random decoder flattens what differs in them."""
     null = target.null(len(start))
-    how = {"scheduler": ddim(target), "steps": target.sampler["steps"], "guidance": 1.0}
+    how: dict[str, Any] = {"steps": target.sampler["steps"], "guidance": 1.0}
     return denoise(target, start, null, null, **how)[-1][1]
 
 
@@ -434,7 +434,5 @@ def test_presets_are_the_papers_numbers() -> None:
         assert chance(**chance.presets["fast"]).tries == UnlearnDiffAtk(**UnlearnDiffAtk.presets["canvas"]).timesteps
 
 
-def test_the_ddim_of_start_noise_never_clips() -> None:
-    target: Denoiser = tiny()
-    assert not ddim(target).config.clip_sample and ddim(target).config.beta_schedule == target.scheduler.config.beta_schedule
+def test_words_to_paraphrase_with_are_in_the_package() -> None:
     assert paraphrase.WORDS.is_file() and Probe(prompt="a", truth={}).seed is None

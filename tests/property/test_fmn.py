@@ -84,7 +84,7 @@ def test_each_concept_is_inverted_as_it_would_be_alone(sd: Callable[..., Any], m
     alone.e[0].data.copy_(both.e[0].data[:1])
     x = torch.randn(3, *target.latent_shape)
     monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.ones(x.shape))
-    monkeypatch.setattr(torch, "randint", lambda high, size: torch.full(size, 400))
+    monkeypatch.setattr(torch, "randint", lambda high, size, **_: torch.full(size, 400))
     both.step(x, torch.tensor([0, 1, 1]))
     monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.ones(1, *x.shape[1:]))
     alone.step(x[:1], torch.tensor([0]))

@@ -16,7 +16,7 @@ FOLDERS = ("methods", "attacks", "metrics", "judges", "exports")
 # Each layer may use the ones before it and, unless it is in SIBLINGS, its own.
 LAYERS = (
     {"errors"},
-    {"registry", "config", "patch", "diffusion", "meter", "sandbox"},
+    {"registry", "config", "patch", "diffusion", "meter", "noise_process", "sandbox", "schedulers"},
     {"base"},
     {
         "attention",
@@ -34,7 +34,7 @@ LAYERS = (
         "nets",
         "optim",
     }
-    | {"pool", "retain", "saliency", "single_layer"},
+    | {"places", "pool", "retain", "saliency", "single_layer"},
     {"session"},
     {"targets", "tasks", "judges"},
     {"attacks", "metrics"},

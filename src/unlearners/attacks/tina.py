@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
 from ..errors import UsageError
-from ..targets.base import TextToImage, ddim
+from ..targets.base import TextToImage
 from ._search import pictures
 
 
@@ -62,14 +63,11 @@ class TINA(Attack):
             raise UsageError(f"iterations = {self.iterations} and lr = {self.lr:g} invert nothing; give 0 or more and a lr above 0")
         x = target.latents(pictures(self, items))
         z, null = x.to(torch.promote_types(x.dtype, torch.float32)), target.null(len(items)).detach()  # (B, 4, h, w)
-        scheduler = ddim(target)
-        scheduler.set_timesteps(target.sampler["steps"], device=z.device)
-        for t in scheduler.timesteps.flip(0):
-            one, none = z.new_ones(1), z.new_zeros(1)
-            a, b = (scheduler.step(e, t, z_t).prev_sample for e, z_t in ((none, one), (one, none)))  # a DDIM step is linear in both
+        times = target.process.times(target.sampler["steps"], z.device).flip(0)
+        for to, t in pairwise(times):
 
-            def f(z_t: Tensor, z_prev: Tensor = z, t: Tensor = t, a: Tensor = a, b: Tensor = b) -> Tensor:
-                return (z_prev - b * target.eps(z_t.to(x.dtype), t, null).to(z_prev.dtype)) / a
+            def f(z_t: Tensor, z_prev: Tensor = z, t: Tensor = t, to: Tensor = to) -> Tensor:
+                return target.process.invert(z_prev, target.eps(z_t.to(x.dtype), t, null).to(z_prev.dtype), t, to)
 
             with torch.no_grad():
                 z = f(z)

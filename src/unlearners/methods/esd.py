@@ -31,8 +31,8 @@ class ESD(Method):
     Deviations from the authors' code:
     1. One eta convention, the paper's. The 2025 release writes its target as eps_0(c) - eta' [eps_0(c) - eps_0], so its
        eta' = 2 is eta = 1 here, and its SDXL default eta' = 1 is eta = 0.
-    2. The network is told the time of x_t (``time="bucket"`` draws it within the sampler's step, as in 2023); the 2023 code
-       tells it a time about 48 steps noisier.
+    2. The network is told the time of x_t (``time="bucket"`` draws it uniformly from the sampler step around that time); the 2023
+       code tells it a time about 48 steps noisier.
     3. Weights and losses are float32; the 2025 release trains bfloat16 weights. Pictures are sampled at the model's own size.
     4. Norm layers belong to noxattn and full; the 2025 release leaves them out without saying so.
     5. ``pool`` and ``batch`` are ours: one sampled trajectory feeds many updates. 0 and 1 are the paper's procedure.
@@ -65,7 +65,7 @@ class ESD(Method):
     sampler: Literal["ddim", "pipeline"] = "ddim"
     """scheduler that samples x_t"""
     time: Literal["bucket", "grid"] = "bucket"
-    """t uniform within the sampler's step (2023), or the scheduler's own (2025)"""
+    """t uniform within the sampler's step around x_t's own (2023), or x_t's own (2025)"""
     pool: int = 0
     """trajectories shared by the updates; 0 samples a new partial one for each"""
     refresh: int = 100
@@ -83,7 +83,7 @@ class ESD(Method):
         opt = torch.optim.Adam(w.values(), lr=self.lr)
         said = [self.erase_from] * len(task.said) if self.erase_from else list(task.said)
         with torch.no_grad():
-            c, null, shown = old.encode(list(task.said)), old.encode([""]), old.encode(said)
+            c, null, shown = old.encode(list(task.said)), old.null(), old.encode(said)
         text_trains = any(n.startswith("text_encoder") for n in w)
         how: dict[str, Any] = {
             "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps,
@@ -98,7 +98,7 @@ class ESD(Method):
                     seen = target.encode(said)  # what the model in training makes of the prompts
             x_t, t, k = states(model, pool, seen, null, **how)  # (B, 4, h, w), (B,), (B,): x_t ~ p(. | c)
             if self.time == "bucket":
-                t = (t + torch.randint(width, t.shape).to(t.device)).clamp(max=target.train_steps - 1)
+                t = (t + (torch.randint(width, t.shape) - width // 2).to(t.device)).clamp(0, target.train_steps - 1)
             with torch.no_grad():
                 e_0, e_c = old.eps(x_t, t, null.repeat(len(k))), old.eps(x_t, t, c[k])
                 away = e_c - e_0

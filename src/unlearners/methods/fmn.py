@@ -29,9 +29,8 @@ class FMN(Method):
     positions of the concept's tokens and of the end token ("pooler"). Nothing in the loss says what is to stay; ``keep`` does.
 
     Pictures are the task's (``forget``), or are drawn by the original model from the concept's prompts.
-    Logged: ``stage`` is 1 or 2; ``loss`` the denoising error of the pseudo-tokens, then the norm above; ``length`` in stage 1 the mean
-    length of the embeddings; ``attention`` in stage 2 the mean probability of a position in P, where 1 / L is the mean over all
-    positions; ``kept`` with ``keep`` the mean squared change of the predictions that are to stay.
+    Logged: ``stage`` is 1 or 2; ``loss`` the denoising error, then the norm above; ``length`` in stage 1 the mean length of the embeddings;
+    ``attention`` in stage 2 the mean probability of a position in P (1 / L over all positions); ``kept`` the mean change under ``keep``.
 
     Deviations from the authors' code:
     1. Positions are chosen row by row; theirs are wrong once the rows of a batch differ in them.
@@ -99,6 +98,7 @@ class FMN(Method):
             raise UsageError("the template needs one {} where the concept goes, for example 'a photo of {}'")
 
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
+        target.differentiable()
         template = self.template or ("a photo in the style of {}" if task.kind == "style" else "a photo of {}")
         said = task.prompts or tuple(template.format(c) for c in task.concepts)
         x, of = self.shown(target, task, said)  # (N, 4, h, w), (N,) the concept that each picture shows
@@ -196,5 +196,5 @@ def some(where: Tensor, n: int) -> Tensor:
 
 def noised(target: TextToImage, x_0: Tensor) -> tuple[Tensor, Tensor]:
     """x_t for latents x_0 (B, 4, h, w) and t (B,), uniform."""
-    t = torch.randint(target.train_steps, (len(x_0),)).to(x_0.device)
+    t = target.process.draw(len(x_0), device=x_0.device)
     return target.add_noise(x_0, torch.randn(x_0.shape).to(x_0), t), t

@@ -80,7 +80,7 @@ class LECO(Method):
 
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
         with torch.no_grad():
-            c, null = target.encode(list(task.said)), target.encode([""])
+            c, null = target.encode(list(task.said)), target.null()
             p = target.encode([self.positive] * len(c)) if self.positive else c
             n = target.encode(lora.neutrals(task, self.neutral))
         sign = -1 if self.action == "erase" else 1

@@ -137,7 +137,7 @@ def _model(path: Path, target: Target, wanted: Sequence[str]) -> Patch:
 
 def _beside(path: Path, model: StableDiffusion, target: StableDiffusion) -> None:
     """What a pipeline holds beside its components: the noise it is meant for must be the target's; another VAE is left out and noted."""
-    if (kind := model.scheduler.config.prediction_type) != (own := target.scheduler.config.prediction_type):
+    if (kind := model.process.prediction) != (own := target.process.prediction):
         raise RefusedError(f"{path} predicts '{kind}' and the model it is compared with '{own}'; name the base it was made of")
     if patching.base_hash({"vae": model.vae}) != patching.base_hash({"vae": target.vae}):
         said = f"{path} has another VAE than the model it is compared with, and pictures are drawn with that model's"

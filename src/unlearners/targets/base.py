@@ -6,6 +6,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..base import Adversarial, Data, Relabel, Target, Task
-from ..data import Augment, Examples, open_data
+from ..data import Examples, open_data
 from ..diffusion import Cond, Soft
-from ..errors import UsageError
+from ..errors import UnlearnError, UsageError
 from ..latents import Asked, Latents
+from ..noise_process import NoiseProcess
 
 
 def described(file: Path) -> dict[str, Any]:
@@ -67,6 +69,11 @@ def tiny_tokenizer(folder: Path) -> Any:
 class Learner(Target):
     """A model that can be taught from examples: right ones by ``loss``, wrong ones by ``loss`` of ``relabel``."""
 
+    recipe: ClassVar[str] = ""
+    """the preset in which a method keeps what is published for this family: "classifier", "ddpm", "sd", "clip" …"""
+    training: ClassVar[Mapping[str, Any]] = {}
+    """the value of an "auto" field ("batch", "lr", "optimizer" …) where that preset has none; a field that is missing has to be set"""
+
     @abstractmethod
     def open(self, data: Data) -> Examples | Latents:
         """The examples ``data`` names, as this family reads them; ``UsageError`` when there are none."""
@@ -97,12 +104,13 @@ class Trainable(Learner):
 
     classes: tuple[str, ...]
     """the names of its classes, in order"""
-    augmentation: ClassVar[Augment] = "crop-flip"
-    """of training batches"""
+    augmentation: ClassVar[str] = "crop-flip"
+    """of training batches, where neither the data nor the model's record says another: a classifier is to stand shifts, and a generator
+    would learn to draw their borders"""
     side: int
     """height and width of its pictures"""
     trained_on: Mapping[str, Any]
-    """{"source", "digest", "seed", "validation"} of its training pictures; empty when nobody wrote it down"""
+    """{"source", "digest", "seed", "validation", "subset", "augment"} of its training; empty when nobody wrote it down"""
     amp: torch.dtype
     """what the network computes in, under autocast; its weights are float32"""
     warnings: list[str]
@@ -112,10 +120,11 @@ class Trainable(Learner):
         """Put fresh random weights in place of the trained ones, drawn from the global generator."""
 
     def open(self, data: Data) -> Examples:
-        """The pictures ``data`` names, on the model's device.
+        """The pictures ``data`` names, on the model's device, with the subset and the augmentation it was trained with unless ``data`` says
+        others.
 
         Raises ``UsageError`` when there are none or when they have classes that the model has not. Notes it in ``warnings`` when
-        the training pictures are not those that the model says it was trained on.
+        the training pictures are not those that the model says it was trained on, or are divided otherwise.
         """
         examples = open_data(data, self.side, self.device, self.augmentation)
         if len(examples.classes) > len(self.classes):
@@ -126,9 +135,28 @@ class Trainable(Learner):
         known = self.trained_on.get("digest")
         if data.split == "train" and known and known != examples.digest:
             said = f"{data.source} is not the data that this model was trained on (their hashes differ), so it may know nothing of it"
-            if said not in self.warnings:
-                self.warnings.append(said)
+            self._warn(said)
+        return self._as_trained(data, examples) if data.split == "train" and known == examples.digest else examples
+
+    def _as_trained(self, data: Data, examples: Examples) -> Examples:
+        """``examples`` of the very pictures the model was trained on, with the subset and the augmentation of its training."""
+        known = self.trained_on
+        if known.get("subset") and not data.subset:
+            data = replace(data, subset=int(known["subset"]))
+            examples = open_data(data, self.side, self.device, self.augmentation)
+        if data.augment == "auto":  # a record without an entry is of a time when the family alone decided
+            examples = replace(examples, augmentation=str(known.get("augment", self.augmentation)))
+        asked, was = (_split(d.get("validation", 0), d.get("subset", 0), d.get("seed", 0)) for d in (vars(data), known))
+        if "validation" in known and asked != was:
+            self._warn(
+                f"the model was trained on another part of {data.source} ({was}) than the task divides ({asked}), so it never saw some of "
+                "the pictures; give the task the model's seed, validation share and subset"
+            )
         return examples
+
+    def _warn(self, said: str) -> None:
+        if said not in self.warnings:
+            self.warnings.append(said)
 
     def relabel(self, batch: Mapping[str, Any], policy: Relabel = "other") -> Mapping[str, Any]:
         """``batch`` with wrong labels. other: uniform over y' != y (SalUn's paper); any: uniform over all, so 1 in K stays right
@@ -144,28 +172,39 @@ class Trainable(Learner):
         return (y + shift.to(y.device)) % k
 
 
+def _split(validation: float, subset: int, seed: int) -> str:
+    """How training pictures are divided; the seed plays no part where all are taken."""
+    return f"validation {validation:g}, subset {subset}, seed {seed}" if validation or subset else "all of it"
+
+
 class Denoiser(Target):
     """A model that predicts noise (or v) and samples pictures."""
 
     latent_shape: tuple[int, int, int]
+    process: NoiseProcess
+    """how it was taught to see noise; training, inversion and attacks use this and never the sampler"""
     scheduler: Any
-    """the diffusers scheduler pictures are sampled with"""
+    """the diffusers scheduler pictures are sampled with, unless ``sampler`` names another"""
     train_steps: int
     """noise levels of the training schedule, 1000 as a rule"""
     sampler: dict[str, Any]
-    """defaults of ``sample``: {"steps", "guidance"}"""
+    """defaults of ``sample``: {"steps", "guidance"}, and "scheduler" where another than the model's own is asked for"""
 
     @abstractmethod
     def eps(self, x_t: Tensor, t: Any, cond: Cond) -> Tensor:
         """The network's raw prediction (noise, or v) for x_t (B, 4, h, w) at ``t`` (a number or (B,)); same shape."""
 
-    @abstractmethod
     def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What ``eps`` is trained to equal: the noise, or v = sqrt(a) noise - sqrt(1 - a) x_0."""
+        """What ``eps`` is trained to equal, as the noise process has it: the noise, or v = a noise - s x_0."""
+        return self.process.goal(x_0, noise, t)
 
-    @abstractmethod
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; all (B, 4, h, w), ``t`` (B,)."""
+        """x_t = a(t) x_0 + s(t) noise; all (B, 4, h, w), ``t`` (B,). The sampler in use has no part in it."""
+        return self.process.noised(x_0, noise, t)
+
+    def null(self, n: int = 1) -> Cond:
+        """Unconditional conditioning (n rows), which guidance starts from: the empty prompt, unless a family has another."""
+        return self.encode([""]).repeat(n)
 
     @abstractmethod
     def encode(self, prompts: Any, soft: Soft | None = None) -> Cond:
@@ -179,17 +218,23 @@ class Denoiser(Target):
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        scheduler: str | None = None,
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] on the CPU, one for each prompt and seed; the same on any batch size up to rounding."""
+        """Pictures (B, 3, H, W) in [0, 1] on the CPU, one for each prompt and seed; the same on any batch size up to rounding.
 
+        ``scheduler`` names a sampler ("lms", "euler" …) in place of the model's own. Raises ``UnlearnError`` when a picture is not finite.
+        """
 
-def ddim(target: Denoiser) -> Any:
-    """DDIM on the target's own noise levels (Song et al. 2021): the sampler that start noise is searched for and denoised with."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler.from_config(target.scheduler.config, clip_sample=False, thresholding=False)
+    def shown(self, out: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Pictures in [-1, 1], as a decoder gives them, in [0, 1] on the CPU; ``UnlearnError`` when one is not finite."""
+        if bad := (~torch.isfinite(out).flatten(1).all(1)).nonzero().flatten().tolist():
+            raise UnlearnError(
+                f"the picture of seed {seeds[bad[0]]} is not finite in {str(out.dtype).removeprefix('torch.')} and cannot be judged; "
+                "use --dtype float32 or bfloat16, or check the model's weights"
+            )
+        return (out.float() / 2 + 0.5).clamp(0, 1).cpu()
 
 
 class TextToImage(Denoiser, Names):
@@ -212,10 +257,6 @@ class TextToImage(Denoiser, Names):
     def embed(self) -> Tensor:
         """The token-embedding table (V, D) of the first text encoder."""
 
-    def null(self, n: int = 1) -> Cond:
-        """Unconditional conditioning (n rows), which guidance starts from: the empty prompt, unless a family has another."""
-        return self.encode([""]).repeat(n)
-
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
         """Scaled posterior mean (B, 4, h, w) of pictures (B, 3, H, W) in [0, 1]."""
@@ -224,8 +265,8 @@ class TextToImage(Denoiser, Names):
     def replay(self, proposals: Sequence[Adversarial], seeds: Sequence[int], *, guidance: float | None = None) -> Tensor:
         """Pictures (B, 3, H, W) for adversarial inputs, at the level each one gives; with the sampler's guidance when None.
 
-        Start noise is denoised by DDIM without a text, in as many steps as ``sampler`` says: the conditioning is ``null``, so guidance
-        has nothing to guide.
+        Start noise is denoised along the noise process (DDIM) without a text, in as many steps as ``sampler`` says: the conditioning is
+        ``null``, so guidance has nothing to guide.
         """
 
     @abstractmethod
@@ -253,8 +294,8 @@ class DualEncoder(Learner, Recogniser):
 
     @abstractmethod
     def predict(self, examples: Examples, batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Cosines (n, K) of each picture with each class, and labels (n,), on the CPU; (n, 1) with its own text where classes have no
-        names."""
+        """Cosines (n, K) of each picture with each class and then each of ``examples.extra``, and labels (n,), on the CPU; (n, 1) with its
+        own text where classes have no names."""
 
 
 class Chat(Names):

@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import diffusion, patch
+from .. import diffusion, noise_process, patch, schedulers
 from ..base import Relabel
-from ..data import Augment
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UsageError, unknown
+from ..files import write_json
 from ..zoo import canvas
 from .base import Denoiser, Trainable, described
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+DDPM_CIFAR = "ddpm_cifar"
+"""the network that ``fresh`` makes: DDPM's for CIFAR-10 (Ho et al. 2020, B), with classes; "ddpm_cifar:width=64" is a narrower one"""
 
 
 class DDPM(Trainable, Denoiser):
@@ -37,7 +39,12 @@ class DDPM(Trainable, Denoiser):
         "xattn": r"unet\.(class_embedding|.*time_emb_proj)\.",  # where the class enters, as the text does in cross-attention
     }
 
-    augmentation: ClassVar[Augment] = "flip"
+    augmentation: ClassVar[str] = "flip"
+    recipe: ClassVar[str] = "ddpm"
+    training: ClassVar[Mapping[str, Any]] = {
+        "steps": 1000, "epochs": 1, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,
+        "labels": "next", "alpha": 1.0,
+    }  # fmt: skip
 
     def __init__(self, unet: Any, scheduler: Any, about: Mapping[str, Any], name: str, device: str, dtype: torch.dtype) -> None:
         embeddings = unet.config.num_class_embeds or 0
@@ -51,7 +58,8 @@ class DDPM(Trainable, Denoiser):
         self.trained_on, self.warnings = dict(about.get("trained_on") or {}), []
         self.side = unet.config.sample_size
         self.latent_shape = (unet.config.in_channels, self.side, self.side)
-        self.train_steps = scheduler.config.num_train_timesteps
+        self.process = noise_process.of_scheduler(scheduler, pixels=True)
+        self.train_steps = self.process.train_steps
         self.sampler = dict(about.get("sampler") or {"steps": 50, "guidance": 3.0})
         self.base = {"name": name, "revision": "", "sha256": patch.base_hash(self.modules)}
 
@@ -101,6 +109,36 @@ class DDPM(Trainable, Denoiser):
         about = {"id2label": dict(zip("0123", "abcd", strict=True)), "sampler": {"steps": 2, "guidance": 2.0}}
         return cls(unet, DDIMScheduler(), about, "tiny-ddpm", "cpu", torch.float32)
 
+    @classmethod
+    def fresh(
+        cls, architecture: str, classes: Sequence[str], *, side: int = 32, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Random weights from the global generator: widths 1, 2, 2, 2 × 128, two blocks each, attention at half the size, dropout 0.1,
+        beta from 1e-4 to 0.02, sampled as SalUn's with guidance 3 (their w = 2)."""
+        from diffusers import DDIMScheduler, UNet2DModel
+
+        width = int(architecture.partition("width=")[2] or 128)
+        unet: Any = UNet2DModel(
+            sample_size=side, block_out_channels=(width, 2 * width, 2 * width, 2 * width), layers_per_block=2, dropout=0.1,
+            norm_num_groups=min(32, width), num_class_embeds=len(classes) + 1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        about = {"id2label": {str(i): c for i, c in enumerate(classes)}, "sampler": {"steps": 100, "guidance": 3.0}}
+        return cls(unet, scheduler, about, architecture, device, dtype)
+
+    def save(self, folder: Path, *, trained_on: Mapping[str, Any] | None = None) -> None:
+        """Write a ``DDIMPipeline``'s folder with ``about.json``, which ``load`` reads."""
+        unet: Any = self.modules["unet"]
+        unet.save_pretrained(folder / "unet", safe_serialization=True)
+        self.scheduler.save_pretrained(folder / "scheduler")
+        index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+        labels = {str(i): c for i, c in enumerate(self.classes)}
+        about = {"id2label": labels, "sampler": self.sampler, "trained_on": dict(trained_on or self.trained_on)}
+        write_json(folder / "about.json", about)
+        write_json(folder / "model_index.json", index)
+
     def reset(self) -> None:
         unet: Any = self.modules["unet"]
         unet.load_state_dict(type(unet).from_config(unet.config).state_dict())
@@ -110,22 +148,26 @@ class DDPM(Trainable, Denoiser):
         """Mean squared error of the noise on {"x": (B, 3, side, side) in [0, 1], "y": (B,)}, noise levels uniform in antithetic pairs.
 
         One label in ten is dropped (the null class). With "toward" (B,), which ``relabel`` adds, the goal is not the noise but what
-        the model itself, without gradient, says of the same x_t under that class (SalUn's forgetting loss for generation).
+        the model itself, without gradient, says of the same x_t under that class (SalUn's forgetting loss for generation). Then no label
+        is dropped, unless "drop" is True: labels drop in both predictions, each by itself, as in SalUn's release.
         """
         x_0, y = 2 * batch["x"] - 1, batch["y"]
         b = len(x_0)
-        t = torch.randint(self.train_steps, ((b + 1) // 2,), device=self.device)
+        t = self.process.draw((b + 1) // 2, device=self.device)
         t = torch.cat([t, self.train_steps - 1 - t])[:b]  # (B,)
         noise = torch.randn_like(x_0)
         x_t = self.add_noise(x_0, noise, t)
         if "toward" in batch:
+            drop, toward = bool(batch.get("drop")), batch["toward"]
             with torch.no_grad():
-                goal = self.eps(x_t, t, _cond(batch["toward"]))
+                goal = self.eps(x_t, t, _cond(self._dropped(toward) if drop else toward))
         else:
-            goal = self.goal(x_0, noise, t)
-            if self.null_class is not None:
-                y = y.masked_fill(torch.rand(b, device=self.device) < 0.1, self.null_class)
-        return F.mse_loss(self.eps(x_t, t, _cond(y)), goal)
+            drop, goal = True, self.goal(x_0, noise, t)
+        return F.mse_loss(self.eps(x_t, t, _cond(self._dropped(y) if drop else y)), goal)
+
+    def _dropped(self, y: Tensor) -> Tensor:
+        """Classes (B,) with one in ten replaced by the null class, where there is one."""
+        return y if self.null_class is None else y.masked_fill(torch.rand(len(y), device=self.device) < 0.1, self.null_class)
 
     def relabel(self, batch: Mapping[str, Any], policy: Relabel = "other") -> Mapping[str, Any]:
         """``batch`` with "toward", the class whose prediction is to take the place of its own."""
@@ -136,13 +178,6 @@ class DDPM(Trainable, Denoiser):
         with torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32):
             out: Tensor = self.modules["unet"](x_t, t, class_labels=cond.states[:, 0].long(), return_dict=False)[0]
         return out.float()
-
-    def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        return noise
-
-    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        x_t: Tensor = self.scheduler.add_noise(x_0, noise, t)
-        return x_t
 
     def encode(self, prompts: Any, soft: Soft | None = None) -> Cond:
         """Class names, or "" for the null class, to ``Cond`` with states (B, 1): class numbers."""
@@ -165,19 +200,19 @@ class DDPM(Trainable, Denoiser):
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        scheduler: str | None = None,
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         steps, guidance = steps or self.sampler["steps"], self.sampler["guidance"] if guidance is None else guidance
         cond = prompts if isinstance(prompts, Cond) else self.encode(prompts)
-        images = []
+        images, sampler = [], schedulers.named(self, scheduler)
         for part in diffusion.batches(len(seeds), batch):
-            c = cond[part]
-            x = diffusion.noise(seeds[part], self.latent_shape, self.device, torch.float32)
+            c, rows = cond[part], diffusion.generators(seeds[part])
+            x = diffusion.noise(rows, self.latent_shape, self.device, torch.float32)
             null = c if guidance == 1 else self.encode([""]).repeat(len(c))
-            how = {"scheduler": self.scheduler, "steps": steps, "guidance": guidance, "guide": self.guide}
-            z = diffusion.denoise(self, x, c, null, **how)[-1][1]
-            images.append((z.float() / 2 + 0.5).clamp(0, 1).cpu())
+            how: dict[str, Any] = {"scheduler": sampler, "steps": steps, "guidance": guidance, "guide": self.guide, "generators": rows}
+            images.append(self.shown(diffusion.denoise(self, x, c, null, **how)[-1][1], seeds[part]))
             if progress:
                 progress(len(c))
         return torch.cat(images)

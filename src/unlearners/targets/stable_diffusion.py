@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Self
 
-from .. import diffusion, imports, latents, patch
+from .. import diffusion, imports, latents, noise_process, patch, schedulers
 from ..base import Adversarial, Data, Relabel, Task
 from ..diffusion import Cond, Soft
 from ..errors import RefusedError, UnlearnError, UsageError
 from ..files import quiet
 from ..latents import Asked, Latents
 from ..zoo import canvas
-from .base import Learner, TextToImage, ddim, tiny_tokenizer
+from .base import Learner, TextToImage, tiny_tokenizer
 
 ALIASES = {
     "canvas": str(canvas.FOLDER / "sd"),
@@ -49,11 +49,16 @@ class StableDiffusion(Learner, TextToImage):
     ``eps`` is the network's raw output, so v-prediction models work unchanged: guidance is linear in it.
     """
 
+    recipe: ClassVar[str] = "sd"
+    training: ClassVar[Mapping[str, Any]] = {
+        "steps": 0, "epochs": 5, "batch": 8, "forget_batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0, "clip": 0.0,
+        "labels": "next", "alpha": 0.5,
+    }  # fmt: skip
     aliases: ClassVar[Mapping[str, str]] = {"tiny": "", **ALIASES, **{name: ALIASES[below] for name, (below, _) in TUNED.items()}}
     groups: ClassVar[Mapping[str, str]] = {
         "xattn": r"unet\..*\.attn2\.",
         "xattn-kv": r"unet\..*\.attn2\.to_[kv]\.",
-        "noxattn": r"unet\.(?!.*\.attn2\.|conv_norm_out|conv_out|time_embedding)",
+        "noxattn": r"unet\.(?!.*\.attn2\.|conv_norm_out|conv_out|time_embedding|add_embedding)",
         "selfattn": r"unet\..*\.attn1\.",
         "attn": r"unet\..*\.attn[12]\.",
         "full": r"unet\.",
@@ -74,7 +79,10 @@ class StableDiffusion(Learner, TextToImage):
             module.requires_grad_(False).eval()
         config = pipe.unet.config
         self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
-        self.train_steps = self.scheduler.config.num_train_timesteps
+        self.process = noise_process.of_scheduler(self.scheduler)
+        self.train_steps = self.process.train_steps
+        if self.dtype == torch.float16:  # where the checkpoint says so, activations of the VAE overflow in float16
+            self.vae.to(torch.float32 if self.vae.config.get("force_upcast", False) else self.dtype)
         self.sampler = {"steps": 20, "guidance": 4.0} if config.sample_size <= 16 else {"steps": 50, "guidance": 7.5}
         tokenizer = self.tokenizers[0]
         self.special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
@@ -94,7 +102,7 @@ class StableDiffusion(Learner, TextToImage):
         pipe = _tiny(0) if spec == "tiny" else _pipeline(cls.aliases.get(spec, spec), dtype)
         if spec in TUNED:
             patch.apply({"unet": pipe.unet}, {}, patch.load(TUNED[spec][1]), force=True)  # by value, so it becomes the base
-        target = cls(pipe.to(device) if pipe.dtype == dtype else pipe.to(device, dtype), spec)
+        target = cls(pipe.to(device) if pipe.unet.dtype == dtype else pipe.to(device, dtype), spec)
         target.patch(patches, force=force)
         return target
 
@@ -127,7 +135,7 @@ class StableDiffusion(Learner, TextToImage):
         the model itself, without gradient, says of the same x_t under those (SalUn's forgetting loss for generation).
         """
         x_0 = batch["latent"].to(self.device, self.dtype) if "latent" in batch else self.latents(batch["image"].to(self.device))
-        noise, t = torch.randn_like(x_0), torch.randint(self.train_steps, (len(x_0),), device=self.device)
+        noise, t = torch.randn_like(x_0), self.process.draw(len(x_0), device=self.device)
         x_t = self.add_noise(x_0, noise, t)
         if "toward" in batch:
             with torch.no_grad():
@@ -197,7 +205,7 @@ class StableDiffusion(Learner, TextToImage):
     def encode(self, prompts: Sequence[str] | Tensor, soft: Soft | None = None) -> Cond:
         ids = prompts if isinstance(prompts, Tensor) else self.tokens(prompts)
         if not self.xl:
-            return Cond(self._text("text_encoder", ids, soft, 0).last_hidden_state)
+            return Cond(self._text("text_encoder", ids, soft, 0).last_hidden_state, ids=ids)
         if soft is not None and not isinstance(soft.embeddings, tuple):
             raise UsageError("SDXL has two text encoders; give soft embeddings as a tuple with one tensor for each")
         second = self._padded(ids) if isinstance(prompts, Tensor) else self._ids(1, prompts)
@@ -205,7 +213,7 @@ class StableDiffusion(Learner, TextToImage):
         other = self._text("text_encoder_2", second, soft, 1)
         size = float(self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1))
         time_ids = torch.tensor([[size, size, 0, 0, size, size]], device=self.device, dtype=first.dtype).repeat(len(ids), 1)
-        return Cond(torch.cat([first, other.hidden_states[-2]], -1), other.text_embeds, time_ids)
+        return Cond(torch.cat([first, other.hidden_states[-2]], -1), other.text_embeds, time_ids, ids)
 
     def _text(self, component: str, ids: Tensor, soft: Soft | None, tower: int) -> Any:
         """One text encoder's output. Soft embeddings enter by a hook on the embedding layer, so the library's own forward does the rest."""
@@ -243,15 +251,6 @@ class StableDiffusion(Learner, TextToImage):
         slow = self.device.type == "cpu" and self.dtype != torch.float32 and torch.is_grad_enabled()
         return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
-    def goal(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        v = self.scheduler.config.prediction_type == "v_prediction"
-        wanted: Tensor = self.scheduler.get_velocity(x_0, noise, t) if v else noise
-        return wanted
-
-    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        x_t: Tensor = self.scheduler.add_noise(x_0, noise, t)
-        return x_t
-
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
         x = (2 * images - 1).to(self.device, self.vae.dtype)
@@ -266,12 +265,14 @@ class StableDiffusion(Learner, TextToImage):
         *,
         steps: int | None = None,
         guidance: float | None = None,
+        scheduler: str | None = None,
         batch: int = 64,
         progress: Callable[[int], None] | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """See ``Denoiser.sample``. With ``start`` (B, 4, h, w), noise to begin with, the seeds do not count and DDIM is the sampler."""
-        scheduler = self.scheduler if start is None else ddim(self)
+        """See ``Denoiser.sample``. With ``start`` (B, 4, h, w), noise to begin with, the seeds do not count and the noise process is
+        followed (DDIM), whatever the sampler."""
+        sampler = schedulers.named(self, scheduler) if start is None else None
         steps, guidance = steps or self.sampler["steps"], self.sampler["guidance"] if guidance is None else guidance
         if isinstance(prompts, Cond):
             cond, row = prompts, list(range(len(prompts)))
@@ -282,14 +283,14 @@ class StableDiffusion(Learner, TextToImage):
         images = []
         for part in diffusion.batches(len(seeds), batch):
             c = cond[row[part]]
+            rows = diffusion.generators(seeds[part])
             if start is None:
-                x = diffusion.noise(seeds[part], self.latent_shape, self.device, c.states.dtype)
+                x = diffusion.noise(rows, self.latent_shape, self.device, c.states.dtype)
             else:
                 x = start[part].to(self.device, c.states.dtype)
-            how = {"scheduler": scheduler, "steps": steps, "guidance": guidance, "guide": self.guide}
+            how: dict[str, Any] = {"scheduler": sampler, "steps": steps, "guidance": guidance, "guide": self.guide, "generators": rows}
             z = diffusion.denoise(self, x, c, self.null(len(c)), **how)[-1][1]
-            out = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-            images.append((out.float() / 2 + 0.5).clamp(0, 1).cpu())
+            images.append(self.shown(self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample, seeds[part]))
             if progress:
                 progress(len(c))
         return torch.cat(images)
@@ -347,7 +348,8 @@ def _pipeline(spec: str, dtype: torch.dtype) -> Any:
     loader = getattr(diffusers, name) if name else diffusers.DiffusionPipeline
     try:
         with quiet():
-            pipe = loader.from_pretrained(spec, dtype=dtype, use_safetensors=True, **options)
+            parts = {"default": dtype, "vae": torch.float32} if dtype == torch.float16 else dtype  # see ``StableDiffusion.__init__``
+            pipe = loader.from_pretrained(spec, dtype=parts, use_safetensors=True, **options)
     except Exception as error:  # what is wrong with a file can surface as anything
         if name:
             raise RefusedError(f"the pipeline in {spec} cannot be read ({_first(error)}); copy or download it again") from error

@@ -42,6 +42,8 @@ class Attack(Judged):
     """sampler steps of every picture; the model's own when left out"""
     guidance: float | None = None
     """classifier-free guidance of every picture; the model's own when left out"""
+    scheduler: str = ""
+    """sampler of every picture (lms, ddim, euler, …); the model's own when left out. UnlearnDiffAtk's paper: lms in 50 or 100 steps"""
     suite: str = ""
     """a task, such as unlearndiffatk/church@FILE.csv, whose prompts and judge take the place of the run's"""
     max_tokens: int = 0
@@ -55,14 +57,14 @@ class Attack(Judged):
         if self.dry_run:
             where, method, task = self.planned(self.folder)
             with rehearsal(method, task) as folder:
-                file = run.attack(cut(part), folder, seed=self.seed, prompts=2)
+                file = run.attack(cut(part), folder, seed=self.seed, prompts=2, scheduler=self.scheduler)
                 tried = _rates(json.loads(file.read_text()))
             would = {"folder": str(where), "attack": {"name": self.attack, **config.to_dict(part)}}
             return {"dry_run": True, "file": str(where / "attacks" / f"{self.attack}.json"), **would, "tried": tried}
         with run.progress_bars() as bars:
             where = self.found(self.folder, self.device, bars)
             file = run.attack(
-                part, where, seed=self.seed, prompts=self.prompts, steps=self.steps, guidance=self.guidance,
+                part, where, seed=self.seed, prompts=self.prompts, steps=self.steps, guidance=self.guidance, scheduler=self.scheduler,
                 suite=self.suite, max_tokens=self.max_tokens, device=device_of(self.device), progress=bars,
             )  # fmt: skip
         return {"file": str(file), "folder": str(where), **_rates(json.loads(file.read_text()))}

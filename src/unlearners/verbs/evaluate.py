@@ -34,8 +34,12 @@ class Evaluate(Judged):
     """sampling steps; 0 takes the model's own"""
     guidance: float | None = None
     """classifier-free guidance; the model's own when left out"""
+    scheduler: str = ""
+    """sampler of every picture (lms, ddim, euler, …); the model's own when left out"""
     references: tuple[Path, ...] = ()
     """run folders of models that never saw the forget set, such as retrain's: the membership attack rmia needs them"""
+    names: str = ""
+    """a text file, one name a line: names that test pictures may be taken for beside their own (fa, ta of a CLIP)"""
     split: Literal["test", "validation"] = "test"
     """measure on the test pictures, or on held-out training pictures (validation.json)"""
     batch: int = 64
@@ -45,13 +49,16 @@ class Evaluate(Judged):
 
     def do(self, part: Any) -> Result:
         from .. import run, tasks
+        from ..banks import banked
 
         metrics = [listing.canonical("metrics", name) + colon + rest for name, colon, rest in (m.partition(":") for m in self.metrics)]
         for name in metrics:
             registry.path("metrics", name.partition(":")[0])  # an unknown name is said before anything is loaded
         where, method, task = self.planned(self.folder)
         task = tasks.load(self.suite) if self.suite else task
-        how: Result = {"guidance": self.guidance, "batch": self.batch}
+        if self.names:
+            banked(task, self.names)
+        how: Result = {"guidance": self.guidance, "scheduler": self.scheduler, "batch": self.batch}
         if self.dry_run:
             tried = [m for m in metrics or task.suite if m in OFFLINE]
             with rehearsal(method, task) as folder:
@@ -60,7 +67,13 @@ class Evaluate(Judged):
             return {"dry_run": True, "file": str(where / "results.json"), "metrics": metrics or list(task.suite), "tried": rows}
         more = range(max(task.seeds) + 1, max(task.seeds) + 1 + self.seeds)
         seeds = (*task.seeds, *more)[: self.seeds] if self.seeds else None
-        how |= {"metrics": metrics or None, "seeds": seeds, "steps": self.steps or None, "device": device_of(self.device)}
+        how |= {
+            "names": self.names,
+            "metrics": metrics or None,
+            "seeds": seeds,
+            "steps": self.steps or None,
+            "device": device_of(self.device),
+        }
         with run.progress_bars() as bars:
             where = self.found(self.folder, self.device, bars)
             file = run.evaluate(where, progress=bars, references=self.references, split=self.split, suite=self.suite, **how)
