@@ -76,6 +76,46 @@ def aligned(target: Reader, pairs: Sequence[tuple[str, str]], tokens: Tokens) ->
     return torch.cat(concepts), torch.cat(guides)
 
 
+def toward(
+    target: Reader, task: Task, templates: Sequence[str], guide: Sequence[str], tokens: Tokens, *, batch: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Concept and guide vectors c and g (n, d) of every concept in every template, side by side from the concept's own last token on.
+
+    g is the mean over the words of ``guide``, said in the same template in the concept's place; without any it is the concept's anchor.
+    """
+    concepts, guides = [], []
+    for i, concept in enumerate(task.concepts):
+        for start in range(0, len(templates), batch):
+            says, words = templates[start : start + batch], list(guide) or [task.anchor(i)]
+            texts = read(target, (t.format(w) if w else "" for t in says for w in (concept, *words)))
+            at = ends(target, [t[: t.index("{}")] + w for t in says for w in (concept, *words)])
+            for t in says:
+                after = [texts[t.format(w) if w else ""][0][at[t[: t.index("{}")] + w] if w else 1 :] for w in (concept, *words)]
+                n = min(len(x) for x in after) if tokens == "all" else 1
+                concepts.append(after[0][:n])
+                guides.append(torch.stack([x[:n] for x in after[1:]]).mean(0))
+    return torch.cat(concepts), torch.cat(guides)
+
+
+def ends(target: Reader, heads: Sequence[str]) -> dict[str, int]:
+    """By text, the position of its last word's last token."""
+    unique = list(dict.fromkeys(heads))
+    rows = target.tokens(unique).tolist()
+    return {h: next((i for i in reversed(range(len(r))) if r[i] not in target.special), 1) for h, r in zip(unique, rows, strict=True)}
+
+
+def gathered(target: Reader, prompts: Sequence[str], tokens: Tokens, *, batch: int = 64) -> tuple[Tensor, int]:
+    """What ``kept`` gives, as at most d vectors p (., d) with the same sum of p p', and how many vectors there were."""
+    R, n = None, 0
+    for start in range(0, len(prompts), batch):
+        p = kept(target, prompts[start : start + batch], tokens)
+        n += len(p)
+        R = torch.linalg.qr(p if R is None else torch.cat([R, p]), mode="r")[1]
+    if R is None:
+        raise UsageError("there is nothing to preserve; name at least one prompt")
+    return R, n
+
+
 def kept(target: Reader, prompts: Sequence[str], tokens: Tokens) -> Tensor:
     """Vectors to preserve p (m, d): every position, or the last token of each prompt."""
     texts = read(target, prompts)

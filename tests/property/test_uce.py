@@ -14,6 +14,7 @@ from torch import Tensor
 from unlearners.base import Task
 from unlearners.errors import UsageError
 from unlearners.methods.uce import UCE
+from unlearners.neighbours import NAMED
 from unlearners.targets.stable_diffusion import StableDiffusion
 
 TASK = Task(name="t", kind="style", concepts=("zq",), anchors=("art",), preserve=("ink", "oil"))
@@ -35,7 +36,7 @@ def double(target: StableDiffusion) -> StableDiffusion:
 def edit(base: StableDiffusion, task: Task = TASK, **fields: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The new matrices by name, and what was logged."""
     target, rows = base.frozen(), []
-    UCE(**({"templates": FORMS} | fields))(target, task, log=rows.append)
+    UCE(**({**NAMED, "templates": FORMS} | fields))(target, task, log=rows.append)
     (row,) = rows
     return {n: p.detach() for n, p in target.select("xattn-kv").items()}, row
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
+from typing_extensions import Self
 
-from .. import closed_form
-from ..base import Method, Row, Task
+from .. import closed_form, neighbours
+from ..base import Auto, Method, Row, Task
+from ..config import later
 from ..errors import UnlearnError, UsageError
 from ..targets.base import TextToImage
 
+NAMED: Mapping[str, Any] = {"retain": (), "guide": ()}
 VALUES = r"unet\..*\.attn2\.to_v\."
 
 
@@ -44,15 +47,17 @@ class SPEED(Method):
     4. Preserved are the task's list and ``retain`` as bare phrases, each by its last token, or without any the positions of the empty
        prompt after the first. The code reads hundreds of phrases from files; give many, or little is protected.
     5. The code takes all positions after the first for nudity alone: preset ``nudity``. Here ``all`` begins at the last token.
+    6. A task that names no neighbours gets ours (``retain``), and the mean of some of them as its anchor (``guide``), see ``neighbours``.
+       Presets never choose.
     """
 
     paper: ClassVar[str] = "arXiv:2503.07392"
     needs: ClassVar[type] = TextToImage
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {},
-        "release": {"average": True},
-        "nudity": {"tokens": "all"},
-        "canvas": {"tokens": "all"},
+        "paper": NAMED,
+        "release": {**NAMED, "average": True},
+        "nudity": {**NAMED, "tokens": "all"},
+        "canvas": {**NAMED, "tokens": "all"},
     }
 
     params: str = VALUES
@@ -75,8 +80,17 @@ class SPEED(Method):
     """share of the step that is taken; 0 changes nothing"""
     templates: tuple[str, ...] = ("{}",)
     """phrases with {} for the concept; empty chooses them by the kind of concept"""
-    retain: tuple[str, ...] = ()
-    """phrases to preserve beside the task's"""
+    retain: tuple[str, ...] | Auto = "auto"
+    """phrases to preserve beside the task's; auto chooses them where the task names no neighbours"""
+    guide: tuple[str, ...] | Auto = later("auto")
+    """words of the concept's kind whose mean is the anchor; auto chooses them where the task names none; empty: the task's anchor"""
+
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        if self.retain != "auto" or neighbours.named(task, "preserve"):
+            return replace(self, **{name: () for name in NAMED if getattr(self, name) == "auto"})
+        around = neighbours.choose(target, task)
+        guide = (() if neighbours.named(task, "anchors") else around.guide) if self.guide == "auto" else self.guide
+        return replace(self, retain=(*around.own, *around.other), guide=guide)
 
     def __post_init__(self) -> None:
         if self.null <= 0 or self.rho <= 0 or self.augment < 0 or self.invariants < 1:
@@ -86,7 +100,11 @@ class SPEED(Method):
     @torch.no_grad()
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
         w = target.select(self.params)
-        c, g = closed_form.aligned(target, closed_form.phrases(task, self.templates)[0], self.tokens)  # (n, d), (n, d)
+        says = self.templates or closed_form.TEMPLATES[task.kind]
+        if self.guide:
+            c, g = closed_form.toward(target, task, says, self.guide, self.tokens)  # (n, d), (n, d)
+        else:
+            c, g = closed_form.aligned(target, closed_form.phrases(task, says)[0], self.tokens)
         closed_form.check_matrices("SPEED", w, c.shape[1], VALUES)
         empty = closed_form.read(target, [""])[""][0]  # (L, d)
         retain = [*task.preserve, *self.retain]

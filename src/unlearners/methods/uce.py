@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from typing_extensions import Self
 
-from .. import closed_form
-from ..base import Method, Row, Task
+from .. import closed_form, neighbours
+from ..base import Auto, Method, Row, Task
+from ..config import later
 from ..errors import UsageError
 from ..targets.base import TextToImage
 
@@ -36,21 +38,23 @@ class UCE(Method):
     3. ``preserve_scale=0`` means max(0.1, 1 / number of preserved prompts), as the old code has it.
     4. Preserved prompts are the task's list in the same templates, and always the empty prompt; the 2025 release has none of itself.
     5. The templates go by the kind of concept; the old code's art templates are part of the phrase given here.
+    6. A task that names no neighbours (``--concept`` alone) gets ours, see ``neighbours``: preserved prompts, guide, templates and scales
+       are chosen from its text and the model. Preset ``paper`` never chooses.
     """
 
     paper: ClassVar[str] = "arXiv:2308.14761"
     needs: ClassVar[type] = TextToImage
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {},
-        "release": {"tokens": "last", "preserve_scale": 1.0},
+        "paper": neighbours.NAMED,
+        "release": {**neighbours.NAMED, "tokens": "last", "preserve_scale": 1.0},
     }
 
     params: str = "xattn-kv"
     r"""matrices to rewrite; unet\..*\.attn2\.to_v edits the values only"""
     tokens: Literal["all", "last"] = "all"
     """all: every position from the concept's last token through the padding; last: its last token alone"""
-    erase_scale: float = 1.0
-    """alpha"""
+    erase_scale: float | Auto = "auto"
+    """alpha; auto is the paper's 1 beside neighbours that the task names, else as strong as the preserved prompts allow"""
     preserve_scale: float = 0.0
     """beta; 0 chooses max(0.1, 1 / number of preserved prompts)"""
     lamb: float = 0.5
@@ -59,21 +63,27 @@ class UCE(Method):
     """share of the step from W_old to W that is taken; 0 changes nothing"""
     templates: tuple[str, ...] = ()
     """phrases with {} for the concept; empty chooses them by the kind of concept"""
+    preserve: tuple[str, ...] | Auto = later("auto")
+    """whole prompts to preserve; auto chooses them where the task names no neighbours; empty: the task's neighbours in the templates"""
+    guide: tuple[str, ...] | Auto = later("auto")
+    """words of the concept's kind whose mean is the guide; auto chooses them where the task names none; empty: the task's anchor"""
+    away: float | Auto = later("auto")
+    """how far the guide lies beyond that, on the side away from the concept: g - away (c - g); auto goes by the kind of concept"""
+
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        return replace(self, **neighbours.closed(self, target, task))
 
     def __post_init__(self) -> None:
-        if self.lamb <= 0 or self.erase_scale < 0 or self.preserve_scale < 0:
+        if self.lamb <= 0 or min(x for x in (self.erase_scale, self.preserve_scale, 0.0) if x != "auto") < 0:
             raise UsageError("lamb must be above 0 and the scales at least 0, or there is no unique solution")
         closed_form.check_templates(self.templates)
 
     @torch.no_grad()
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
         w = target.select(self.params)
-        pairs, keep = closed_form.phrases(task, self.templates)
-        c, g = closed_form.aligned(target, pairs, self.tokens)  # (n, d), (n, d)
-        p = closed_form.kept(target, keep, self.tokens)  # (m, d)
+        c, g, p, beta = neighbours.vectors(self, target, task)  # (n, d), (n, d), (m, d)
         closed_form.check_matrices("UCE", w, c.shape[1])
-        beta = self.preserve_scale or max(0.1, 1 / len(keep))
-        M, B = closed_form.solve(c, g, p, alpha=self.erase_scale, beta=beta, lamb=self.lamb)  # A B^-1, B
+        M, B = closed_form.solve(c, g, p, alpha=float(self.erase_scale), beta=beta, lamb=self.lamb)  # A B^-1, B
         T = torch.lerp(torch.eye(len(M), dtype=M.dtype, device=M.device), M, self.strength)
         K = closed_form.gram(w.values())
         for _ in target.steps(1):
