@@ -53,6 +53,7 @@ def adapted(target: Any, params: str, rank: int, alpha: float) -> Iterator[Adapt
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
+    target.differentiable()
     chosen = target.select(params)
     if other := [n for n in chosen if not n.startswith("unet.")]:
         raise UsageError(f"'{other[0]}' is not in the UNet, where the adapters go; choose params such as xattn or selfattn")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unlearners import data, registry, session
-from unlearners.base import Data, Target, Task
+from unlearners.base import Data, Target, Task, settle
 from unlearners.data import Loader
 from unlearners.errors import UsageError
 from unlearners.methods.boundary_expand import BoundaryExpand
@@ -24,6 +24,8 @@ from unlearners.methods.ga import GA
 from unlearners.methods.l1_sparse import L1Sparse
 from unlearners.methods.neggrad_plus import NegGradPlus
 from unlearners.methods.rl import RL
+from unlearners.methods.salun import SalUn
+from unlearners.methods.salun_soft import SalUnSoft
 from unlearners.methods.scrub import SCRUB
 from unlearners.targets.base import Trainable
 from unlearners.targets.classifier import Classifier
@@ -68,7 +70,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Spy]:
             return spy.batches[-1]
 
         def change(self: Any, batch: Any, policy: Any = "other") -> Any:
-            spy.batches[-1] = {**relabel(self, batch, policy), "was": batch["y"], "policy": policy}
+            told = relabel(self, batch, policy)
+            if "forget" in spy.batches[-1]:  # one batch of both sets
+                spy.batches[-1] = {**spy.batches[-1], "forget": told}
+                return told
+            spy.batches[-1] = {**told, "was": batch["y"], "policy": policy}
             return spy.batches[-1]
 
         def count(self: Any, total: int, *states: Any) -> Iterator[int]:
@@ -98,7 +104,8 @@ class Naive:
 
     def __init__(self, method: Any, batches: list[dict[str, Any]], extra: nn.Module | None = None) -> None:
         tiny = Classifier.tiny()
-        self.method, self.mean, self.std = method, tiny.mean.double(), tiny.std.double()
+        self.method: Any = settle(method, tiny, TASK)
+        self.mean, self.std = tiny.mean.double(), tiny.std.double()
         self.net, self.old = deepcopy(tiny.modules["net"]).double().train(), deepcopy(tiny.modules["net"]).double()
         self.extra = nn.Module() if extra is None else deepcopy(extra).double()
         self.theta = [*self.net.parameters(), *self.extra.parameters()]
@@ -136,9 +143,18 @@ def ft(n: Naive, i: int) -> Tensor:
     return n.ce()
 
 
+def rl_mixed(n: Naive, i: int) -> Tensor:
+    """One batch of both sets, the forgotten ones with wrong labels, in one pass through the network."""
+    both = next(n.draws)
+    x = torch.cat([both[k]["x"] for k in ("forget", "retain") if k in both]).double()
+    y = torch.cat([both[k]["y"] for k in ("forget", "retain") if k in both])
+    return -n.f(x).log_softmax(1)[torch.arange(len(y)), y].mean()
+
+
 def rl(n: Naive, i: int) -> Tensor:
     first = n.ce()  # the forget batch is drawn first, and recorded with the labels it was given
-    return first + n.method.alpha * n.ce() if n.method.order == "joint" else first
+    alpha = n.method.alpha or 42 / 22
+    return first + alpha * n.ce() if n.method.order == "joint" else first
 
 
 def ga(n: Naive, i: int) -> Tensor:
@@ -195,6 +211,10 @@ CASES: dict[str, tuple[Any, Callable[[Naive, int], Tensor], Task]] = {
     "ft": (FT(**QUICK), ft, RETAIN_ONLY),
     "rl": (RL(**QUICK, alpha=0.7), rl, TASK),
     "rl-release": (RL(**QUICK, **RL.presets["release"]), rl, TASK),
+    "rl-each-alike": (RL(**QUICK, alpha=0.0), rl, TASK),
+    "rl-mixed": (RL(**QUICK, order="mixed"), rl_mixed, TASK),
+    "salun-mixed": (SalUn(**QUICK, order="mixed", mask="all"), rl_mixed, TASK),
+    "salun_soft-mixed": (SalUnSoft(**QUICK, order="mixed", rho=0.0), rl_mixed, TASK),
     "ga": (GA(**QUICK), ga, FORGET_ONLY),
     "neggrad_plus": (NegGradPlus(**QUICK, alpha=0.8), neggrad, TASK),
     "l1_sparse": (L1Sparse(**(QUICK | {"epochs": 3}), alpha=1e-3, free=1), l1, RETAIN_ONLY),
@@ -295,6 +315,20 @@ def test_steps_replace_epochs(name: str, run: Callable[..., Spy]) -> None:
     assert len(run(registry.make("methods", name, **QUICK, steps=7)).rows) == 7
 
 
+def test_a_mixed_epoch_shows_every_example_once(run: Callable[..., Spy]) -> None:
+    """22 + 42 examples in batches of 20 are 4 steps; the forgotten ones are wrong, the rest right."""
+    spy = run(RL(**QUICK, order="mixed"))
+    assert len(spy.rows) == 2 * 4
+    for epoch in (spy.batches[:4], spy.batches[4:]):
+        for name, n in (("forget", 22), ("retain", 42)):
+            rows = torch.cat([b[name]["rows"] for b in epoch if name in b])
+            assert rows.sort().values.tolist() == list(range(n))
+    true = Classifier.tiny().open(TASK.forget).labels
+    told = [b["forget"] for b in spy.batches if "forget" in b]
+    assert all((b["y"] != true[b["rows"]]).all() for b in told)
+    assert len({len(b["y"]) for b in told}) > 1  # shuffled together, not a fixed share
+
+
 # --- labels -------------------------------------------------------------------------------------------------------
 def test_only_the_forget_set_is_relabelled_and_by_the_policy(run: Callable[..., Spy]) -> None:
     for labels in ("other", "any", "next"):
@@ -342,7 +376,7 @@ def accuracy(target: Any, asked: Data) -> tuple[float, float]:
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> Classifier:
     """A tiny classifier that has learnt all 64 pictures, without augmentation: their classes are quarters, and a flip swaps those."""
-    monkeypatch.setattr(data, "shifted", lambda x, **how: data.tidy(x))
+    monkeypatch.setattr(data, "shifted", lambda x, *how, **named: data.tidy(x))
     target = Classifier.tiny()
     FT(epochs=15, batch=16, lr=0.05)(target, replace(TASK, retain=Data(source="tiny")), seed=0)
     assert accuracy(target, Data(source="tiny"))[0] > 0.9
@@ -379,12 +413,16 @@ def test_the_penalty_fades_and_shrinks_the_weights(run: Callable[..., Spy]) -> N
 
 
 def test_all_the_weight_on_one_side(run: Callable[..., Spy]) -> None:
-    """alpha = 1 has no gradient of the forget set and alpha = 0 none of the rest."""
+    """NegGrad+ at alpha = 1 has no gradient of the forget set and at alpha = 0 none of the rest."""
     for alpha, part in ((1.0, "retain"), (0.0, "forget")):
         for row in run(NegGradPlus(**QUICK, alpha=alpha)).rows:
             assert row["loss"] == pytest.approx(row[part] * (1 if alpha else -1))
-    for row in run(RL(**QUICK, alpha=0.0)).rows:
-        assert row["loss"] == pytest.approx(row["forget"])
+
+
+@pytest.mark.parametrize("kind", [RL, SalUn, SalUnSoft])
+def test_alpha_0_weighs_every_example_alike(kind: Any, run: Callable[..., Spy]) -> None:
+    for row in run(kind(**QUICK, alpha=0.0)).rows:
+        assert row["loss"] == pytest.approx(row["forget"] + 42 / 22 * row["retain"], rel=1e-5)
 
 
 def test_the_student_starts_as_its_teacher(run: Callable[..., Spy]) -> None:
@@ -526,6 +564,39 @@ def test_on_diffusion_the_relabelled_prediction_is_taught(run: Callable[..., Spy
     run(RL(**(QUICK | {"lr": 1e-4}), labels="next", steps=2, optimizer="adam"), target=DDPM.tiny())
     assert ["toward" in b for b in batches] == [True, False] * 2
     assert all(torch.equal(b["toward"], (b["y"] + 1) % 4) for b in batches[::2])
+
+
+def test_on_diffusion_a_mixed_step_is_the_mean_over_its_examples(run: Callable[..., Spy]) -> None:
+    spy = run(RL(**(QUICK | {"lr": 1e-4}), order="mixed", steps=3, optimizer="adam"), target=DDPM.tiny())
+    for row, batch in zip(spy.rows, spy.batches, strict=True):
+        n = {name: len(batch[name]["y"]) for name in ("forget", "retain")}
+        assert row["loss"] == pytest.approx(sum(n[k] * row[k] for k in n) / sum(n.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("drop", ["retain", "both"])
+def test_labels_drop_in_both_passes_of_forgetting_when_asked(drop: Any, run: Callable[..., Spy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The null class (4) in the passes that forget; SalUn's release drops in each by itself."""
+    monkeypatch.setattr(DDPM, "loss", loss := DDPM.loss)
+    seen: dict[bool, list[Tensor]] = {True: [], False: []}
+    eps, forgetting = DDPM.eps, [False]
+
+    def listen(self: Any, batch: Any) -> Tensor:
+        forgetting[0] = "toward" in batch
+        return loss(self, batch)
+
+    def note(self: Any, x_t: Tensor, t: Any, cond: Any) -> Tensor:
+        if forgetting[0]:
+            seen[torch.is_grad_enabled()].append(cond.states[:, 0])
+        return eps(self, x_t, t, cond)
+
+    monkeypatch.setattr(DDPM, "loss", listen)
+    monkeypatch.setattr(DDPM, "eps", note)
+    run(RL(**(QUICK | {"lr": 1e-5}), drop=drop, steps=12, forget_batch=22, optimizer="adam"), target=DDPM.tiny())
+    taught, goal = (torch.cat(seen[grad]) == 4 for grad in (True, False))
+    assert len(taught) == len(goal) == 12 * 22
+    for dropped in (taught, goal):
+        assert 0.04 < dropped.double().mean() < 0.18 if drop == "both" else not dropped.any()
+    assert drop == "retain" or (taught != goal).any()
 
 
 @pytest.mark.parametrize("name", ["ft", "ga"])

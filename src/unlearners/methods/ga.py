@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from typing_extensions import Self
 
 from .. import optim
-from ..base import Method, Row, Task
+from ..base import Auto, Method, Row, Task
 from ..errors import UsageError
 from ..latents import Asked
 from ..targets.base import Learner
+from ._learn import least, optimizer, settled
+from ._mask import Masked, first
 
 
 @dataclass(frozen=True, kw_only=True)
-class GA(Method):
+class GA(Method, Masked):
     """Gradient ascent (Thudi et al., EuroS&P 2022): climb the training loss of the forget set.
 
     Idea: training minimised the loss on these examples; undo it by maximising. Nothing holds the rest of the model in place.
@@ -24,8 +27,9 @@ class GA(Method):
         min over theta of -E_{D_f} L(theta; x, y)
 
     with L the family's own training loss, for dual encoders mean(1 - cos) of the pairs (as SLUG has it). The retained data is not opened.
+    With a ``mask`` (SalUn's, as an option) only the weights in it move.
 
-    Logged: ``loss`` is -L on the batch, ``forget`` is L.
+    Logged: ``loss`` is -L on the batch, ``forget`` is L; with a mask the first row has ``mask_seconds``.
 
     Deviations from the authors' code:
     1. SalUn's authors advise lr 5e-4 to 1e-3 where 1e-4 changes nothing; the default is their README's 1e-4.
@@ -39,6 +43,7 @@ class GA(Method):
     needs: ClassVar[type] = Learner
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
+        "classifier": {"epochs": 5, "lr": 1e-4},
         "short": {"epochs": 2, "batch": 128, "lr": 5e-4},
         "ddpm": {"steps": 1000, "batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0},
         "sd": {"epochs": 5, "batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0},
@@ -51,21 +56,21 @@ class GA(Method):
 
     params: str = "full"
     """weights to train"""
-    epochs: int = 5
+    epochs: int | Auto = "auto"
     """passes over the forget set"""
-    steps: int = 0
+    steps: int | Auto = "auto"
     """optimiser steps; above 0 it replaces epochs"""
-    batch: int = 256
+    batch: int | Auto = "auto"
     """examples in each step"""
-    lr: float = 1e-4
+    lr: float | Auto = "auto"
     """learning rate; the paper of SalUn searches 1e-5 to 1e-3"""
-    optimizer: optim.Optimizer = "sgd"
+    optimizer: optim.Optimizer | Auto = "auto"
     """which optimiser"""
     momentum: float = 0.9
     """momentum of sgd"""
-    weight_decay: float = 5e-4
+    weight_decay: float | Auto = "auto"
     """weight decay"""
-    clip: float = 0.0
+    clip: float | Auto = "auto"
     """largest gradient norm; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
@@ -75,20 +80,30 @@ class GA(Method):
     """their prompts; empty: the task's"""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch, self.pictures) < 1 or self.steps < 0 or self.clip < 0:
+        if least(self.epochs, self.batch, self.pictures) < 1 or least(self.steps, self.clip) < 0:
             raise UsageError("epochs, batch and pictures must be at least 1, and steps and clip at least 0")
+        self.masking()
+
+    def resolve(self, target: Any, task: Task) -> Self:
+        return settled(self, target, task)
 
     def run(self, target: Learner, task: Task) -> Iterator[Row]:
-        D_f = target.forgotten(task, Asked(pictures=self.pictures, forget=self.prompts)).loader(self.batch)
-        w = list(target.trainable(self.params).values())  # theta
-        opt = optim.make(self.optimizer, w, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        target.differentiable()
+        batch, clip = int(self.batch), float(self.clip)
+        forget = target.forgotten(task, Asked(pictures=self.pictures, forget=self.prompts))
+        D_f = forget.loader(batch)
+        w = target.trainable(self.params)  # theta
+        freeze, spent = self.freeze(target, lambda: forget, w, batch)
+        opt = optimizer(self, w.values())
         target.train(self.norm)
 
-        for _ in target.steps(self.steps or self.epochs * len(D_f), opt, D_f):
+        for i in target.steps(int(self.steps) or int(self.epochs) * len(D_f), opt, D_f):
             loss = -target.forgetting(D_f.draw())
             opt.zero_grad()
             loss.backward()
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(w, self.clip)
+            freeze.gradients()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(w.values(), clip)
             opt.step()
-            yield {"loss": loss.item(), "forget": -loss.item()}
+            freeze.restore()
+            yield {"loss": loss.item(), "forget": -loss.item(), **first(i, spent)}

@@ -14,10 +14,11 @@ from ..base import Method, Row, Task
 from ..data import Examples
 from ..errors import UsageError
 from ..targets.base import Trainable
+from ._mask import Masked
 
 
 @dataclass(frozen=True, kw_only=True)
-class IU(Method):
+class IU(Method, Masked):
     """Influence unlearning (Koh & Liang, ICML 2017; as in Jia et al., NeurIPS 2023): one Newton step that undoes the forget set.
 
     Idea: a second-order expansion says where the optimum moves when D_f is taken out of the training data; the Hessian is estimated
@@ -30,8 +31,10 @@ class IU(Method):
     used, since it needs only the m × m products of the gradients, G the m × d matrix of them:
         F^-1 v = (v - G' (m lambda I + G G')^-1 G v) / lambda
 
+    With ``mask=saliency`` (SalUn's, as an option: IU + SalUn of its paper) the step is multiplied by the mask.
+
     Logged: ``change`` is ||theta - theta_0|| / ||theta_0||, ``cosine`` that of the step and v (1: the Fisher matrix did nothing),
-    ``gradient`` is ||v||.
+    ``gradient`` is ||v||; with a mask also ``mask_seconds``, and the first two are of the masked step.
 
     Deviations from the authors' code:
     1. The Fisher matrix is used. The recursion of the release (of SalUn, and of Jia et al.) never takes in the gradient at hand, so
@@ -63,23 +66,28 @@ class IU(Method):
     def __post_init__(self) -> None:
         if min(self.samples, self.batch) < 1 or min(self.lamb, self.gigabytes) <= 0:
             raise UsageError("samples and batch must be at least 1, and lamb and gigabytes above 0")
+        self.masking()
 
     def run(self, target: Trainable, task: Task) -> Iterator[Row]:
         D_f, D_r = target.open(task.forget), target.open(task.retain)
         w = target.trainable(self.params)  # theta
+        freeze, spent = self.freeze(target, lambda: D_f, w, self.batch)
         mean_f = saliency.mean(w, target.loss, D_f.batches(self.batch))
         mean_r = saliency.mean(w, target.loss, D_r.batches(self.batch))
         share = len(D_f) / (len(D_f) + len(D_r))
         v = share * torch.cat([(mean_f[n] - mean_r[n]).flatten() for n in w])  # (d,)
         step = self.alpha * (v if self.fisher == "identity" else self.inverse(self.gradient(target, D_r, w), len(D_r), v))
         for _ in target.steps(1):
-            parts = step.split([p.numel() for p in w.values()])
             size = torch.cat([p.detach().flatten() for p in w.values()]).norm()
+            for p, part in zip(w.values(), step.split([p.numel() for p in w.values()]), strict=True):
+                p.grad = part.view(p.shape)
+            freeze.gradients()  # the step, times the mask: what it sees are views of the step
             with torch.no_grad():
-                for p, part in zip(w.values(), parts, strict=True):
+                for p, part in zip(w.values(), step.split([p.numel() for p in w.values()]), strict=True):
                     p.add_(part.view(p.shape))
+            freeze.restore()
             cosine = torch.nn.functional.cosine_similarity(step, v, dim=0)
-            yield {"change": (step.norm() / size).item(), "cosine": cosine.item(), "gradient": v.norm().item()}
+            yield {"change": (step.norm() / size).item(), "cosine": cosine.item(), "gradient": v.norm().item(), **spent}
 
     def gradient(self, target: Trainable, D_r: Examples, w: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """The gradient (d,) of one example, given its row; the same whenever it is asked for."""

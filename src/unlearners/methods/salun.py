@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from time import perf_counter
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from typing_extensions import Self
 
-from .. import config, optim, patch, saliency
-from ..base import Method, Row, Task, kebab
-from ..data import Examples
-from ..errors import RefusedError, UsageError
-from ..latents import Asked, Latents
+from .. import config, optim, saliency
+from ..base import Auto, Method, Relabel, Row, Task
+from ..errors import UsageError
+from ..latents import Asked
 from ..targets.base import Learner
+from ._learn import least, optimizer, settled
+from ._mask import Masked, first
+from ._relabel import DDPM, Lessons, Order
 
 _SD: Mapping[str, Any] = {"labels": "next", "batch": 8, "forget_batch": 8, "lr": 1e-5, "optimizer": "adam", "weight_decay": 0.0}
 _NUDE, _CLOTHED = "a photo of a nude person", "a photo of a person wearing clothes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SalUn(Method):
+class SalUn(Method, Masked):
     """Saliency unlearning (Fan et al., ICLR 2024): teach wrong labels, but move only the weights that matter for the forget set.
 
     Idea: the gradient of the forgetting loss says which weights hold what is to be forgotten; all others stay as they are.
@@ -58,17 +58,17 @@ class SalUn(Method):
     needs: ClassVar[type] = Learner
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "release": {"order": "sequential", "labels": "any", "mask_augment": True},
+        "classifier": {"labels": "other", "alpha": 1.0, "epochs": 10, "lr": 0.013},
+        "release": {"order": "sequential", "labels": "any", "mask_augment": True, "drop": "both"},
+        "mixed": {"order": "mixed", "labels": "any", "mask_augment": True},
         "short": {"order": "sequential", "epochs": 1, "batch": 128, "lr": 0.01},
-        "ddpm": {
-            "labels": "next", "alpha": 3.072,
-            "steps": 1000, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,
-        },
+        "ddpm": DDPM,
+        "ddpm-release": {**DDPM, "drop": "both"},
         "sd": {**_SD, "alpha": 0.5, "steps": 600},
         "sd-nsfw": {**_SD, "alpha": 0.1, "steps": 100, "forget_prompts": (_NUDE,), "retain_prompts": (_CLOTHED,)},
-        "unlearncanvas": {**_SD, "params": "xattn", "density": 0.4, "epochs": 2, "batch": 4, "forget_batch": 4},
-        "canvas": {**_SD, "steps": 60, "batch": 16, "forget_batch": 16, "lr": 1e-4, "pictures": 96},
-    }  # fmt: skip
+        "unlearncanvas": {**_SD, "params": "xattn", "density": 0.4, "alpha": 1.0, "epochs": 2, "batch": 4, "forget_batch": 4},
+        "canvas": {**_SD, "alpha": 1.0, "steps": 60, "batch": 16, "forget_batch": 16, "lr": 1e-4, "pictures": 96},
+    }
 
     params: str = "full"
     """weights the mask is chosen from; no others move"""
@@ -84,29 +84,33 @@ class SalUn(Method):
     """whether the mask's pass augments the pictures (the release's)"""
     saliency_file: str = ""
     """keeps the saliency: read if there, else written, at most a byte a weight (any density in steps of 0.005) or this mask's bits"""
-    labels: Literal["other", "any", "next"] = "other"
+    labels: Relabel | Auto = "auto"
     """y': uniform over the other classes, uniform over all of them (the release's), or (y + 1) mod K"""
-    order: Literal["joint", "sequential"] = "joint"
-    """joint: a batch of each set in every step; sequential: each epoch a pass over D_f, then one over D_r"""
-    alpha: float = 1.0
-    """weight of the retained data in joint order; sequential order has none"""
-    epochs: int = 10
+    drop: Literal["retain", "both"] = config.later("retain")
+    """where diffusion drops one label in ten: on retained images (retain), or also in both passes of forgetting (both, the release's)"""
+    order: Order = "joint"
+    """joint: a batch of each set in every step; sequential: each epoch a pass over D_f, then one over D_r; mixed: both sets shuffled into
+    one"""
+    alpha: float | Auto = "auto"
+    """weight of the retained data in joint order; 0 stands for |D_r| / |D_f|, at which every example weighs the same. The other orders
+    have none"""
+    epochs: int | Auto = "auto"
     """passes over the retained data"""
-    steps: int = 0
+    steps: int | Auto = "auto"
     """optimiser steps; above 0 it replaces epochs"""
-    batch: int = 256
+    batch: int | Auto = "auto"
     """retained examples in each step; in sequential order also forgotten ones"""
-    forget_batch: int = 0
+    forget_batch: int | Auto = "auto"
     """forgotten examples in each joint step; 0: so many that an epoch is one pass over D_f too, at least 16"""
-    lr: float = 0.013
+    lr: float | Auto = "auto"
     """learning rate (the README's)"""
-    optimizer: optim.Optimizer = "sgd"
+    optimizer: optim.Optimizer | Auto = "auto"
     """sgd, adam or adamw"""
     momentum: float = 0.9
     """momentum of sgd"""
-    weight_decay: float = 5e-4
+    weight_decay: float | Auto = "auto"
     """weight decay of the weights in the mask"""
-    clip: float = 0.0
+    clip: float | Auto = "auto"
     """largest gradient norm after masking; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
@@ -118,83 +122,31 @@ class SalUn(Method):
     """their prompts, for what stays; empty: the task's neighbours and anchors"""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch, self.pictures) < 1 or min(self.forget_batch, self.steps, self.clip, self.alpha) < 0:
+        if least(self.epochs, self.batch, self.pictures) < 1 or least(self.forget_batch, self.steps, self.clip, self.alpha) < 0:
             raise UsageError("epochs, batch and pictures must be at least 1, and forget_batch, steps, clip and alpha at least 0")
-        if not 0 < self.density <= 1:
-            raise UsageError(f"density is {self.density} but must be above 0 and at most 1")
+        self.masking()
+
+    def resolve(self, target: Any, task: Task) -> Self:
+        return settled(self, target, task)
 
     def run(self, target: Learner, task: Task) -> Iterator[Row]:
+        target.differentiable()
         asked = Asked(pictures=self.pictures, forget=self.forget_prompts, retain=self.retain_prompts)
         forget, retain = target.forgotten(task, asked), target.retained(task, asked)
-        joint = self.order == "joint"
-        share = self.forget_batch or max(16, round(self.batch * len(forget) / len(retain)))
-        D_f, D_r = forget.loader(share if joint else self.batch), retain.loader(self.batch)
+        lessons, clip = Lessons(self, target, forget, retain), float(self.clip)
         w = target.trainable(self.params)  # theta
-        first = perf_counter()
-        m, cached = self.chosen(target, forget, w)
-        spent = {"mask_seconds": perf_counter() - first + cached, **({"cached_seconds": cached} if cached else {})}
-        freeze = saliency.Freeze(w, m)
-        opt = optim.make(self.optimizer, w.values(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        freeze, spent = self.freeze(target, lambda: forget, w, int(self.batch))
+        opt = optimizer(self, w.values())
         target.train(self.norm)
-        epoch = len(D_r) if joint else len(D_f) + len(D_r)
 
-        for i in target.steps(self.steps or self.epochs * epoch, opt, D_f, D_r):
-            parts: dict[str, Tensor] = {}
-            if joint or i % epoch < len(D_f):
-                parts["forget"] = target.loss(target.relabel(D_f.draw(), self.labels))
-            if joint or i % epoch >= len(D_f):
-                parts["retain"] = target.loss(D_r.draw())
-            loss = parts["forget"] + self.alpha * parts["retain"] if joint else next(iter(parts.values()))
+        for i in target.steps(int(self.steps) or int(self.epochs) * lessons.epoch, opt, *lessons.loaders):
+            loss, parts = lessons.loss(i)
             opt.zero_grad()
             loss.backward()
             freeze.gradients()
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(w.values(), self.clip)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(w.values(), clip)
             opt.step()
             freeze.restore()
             values = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).tolist()  # the device is waited for once
-            yield dict(zip(["loss", *parts], values, strict=True)) | (spent if i == 0 else {})
-
-    def chosen(self, target: Learner, forget: Examples | Latents, w: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-        """m, and the seconds that another run spent on its saliency. Random numbers are of a stream of its own, so that the training
-        draws the same ones for every mask."""
-        with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
-            torch.manual_seed(torch.initial_seed() ^ 0x5A1)
-            if self.mask in ("all", "random"):
-                return saliency.choose(w, self.density, self.mask, self.scope), 0.0
-            kept, cached = self.kept(target, forget, w) if self.saliency_file else (self.measured(target, forget, w), 0.0)
-            return saliency.choose(kept, self.density, self.mask, self.scope), cached
-
-    def measured(self, target: Learner, forget: Examples | Latents, w: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The statistic of every weight: one pass over D_f in evaluation mode."""
-        D_f = forget.loader(self.batch)
-        batches = (D_f.draw() for _ in range(len(D_f))) if self.mask_augment else forget.batches(self.batch)
-        return saliency.measure(w, target.loss, batches, self.statistic)
-
-    def kept(self, target: Learner, forget: Examples | Latents, w: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-        """The saliency in ``saliency_file``, and the seconds it took the run that wrote it; written now when there is no such file."""
-        path, start = Path(self.saliency_file), perf_counter()
-        about = saliency.About(
-            model=config.content_hash(patch.fingerprint(target.modules)),
-            data=config.content_hash([forget.digest, forget.indices.tolist()]),
-            loss=f"{kebab(target)}.loss",
-            statistic=self.statistic,
-            scope=self.scope,
-            augment=self.mask_augment,
-            batch=0 if self.statistic == "abs_sum" else self.batch,
-            seed=torch.initial_seed(),
-        )
-        if path.exists():
-            found, known = saliency.load(path, w)
-            if wrong := known.differs(about):
-                raise RefusedError(f"{path} is the saliency of another {wrong}; give another saliency_file, or delete it")
-            if known.density not in (-1, self.density):
-                raise RefusedError(f"{path} is a mask of density {known.density}, not {self.density}; give another saliency_file")
-            return found, known.seconds
-        found = self.measured(target, forget, w)
-        if saliency.stepped(self.density):
-            found = saliency.levels(found, self.scope)
-        else:
-            found, about = saliency.choose(found, self.density, scope=self.scope), replace(about, density=self.density)
-        saliency.save(path, found, replace(about, seconds=perf_counter() - start))
-        return found, 0.0
+            yield dict(zip(["loss", *parts], values, strict=True)) | first(i, spent)

@@ -8,11 +8,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from .. import optim, saliency
-from ..base import Method, Row, Task
+from .. import config, optim, saliency
+from ..base import Auto, Method, Relabel, Row, Task
 from ..errors import UsageError
 from ..targets.base import Trainable
+from ._learn import least, optimizer, settled
+from ._relabel import DDPM, Lessons, Order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,11 @@ class SalUnSoft(Method):
     needs: ClassVar[type] = Trainable
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
-        "release": {"order": "sequential", "labels": "any", "renew": "epoch", "decay": "epoch"},
+        "classifier": {"labels": "other", "alpha": 1.0, "epochs": 10, "lr": 0.013},
+        "release": {"order": "sequential", "labels": "any", "drop": "both", "renew": "epoch", "decay": "epoch"},
         "short": {"order": "sequential", "epochs": 1, "batch": 128, "lr": 0.01},
-        "ddpm": {
-            "labels": "next", "alpha": 3.072,
-            "steps": 1000, "batch": 128, "forget_batch": 128, "lr": 1e-4, "optimizer": "adam", "weight_decay": 0.0, "clip": 1.0,
-        },
-    }  # fmt: skip
+        "ddpm": DDPM,
+    }
 
     params: str = "full"
     """weights to train"""
@@ -59,65 +60,65 @@ class SalUnSoft(Method):
     """what weights go back to: always the original's (the paper), or those at the start of each epoch (the release's)"""
     decay: Literal["step", "epoch"] = "step"
     """whether the share falls with every step, or once an epoch (the release's)"""
-    labels: Literal["other", "any", "next"] = "other"
+    labels: Relabel | Auto = "auto"
     """y': uniform over the other classes, uniform over all of them (the release's), or (y + 1) mod K"""
-    order: Literal["joint", "sequential"] = "joint"
-    """joint: a batch of each set in every step; sequential: each epoch a pass over D_f, then one over D_r"""
-    alpha: float = 1.0
-    """weight of the retained data in joint order; sequential order has none"""
-    epochs: int = 10
+    drop: Literal["retain", "both"] = config.later("retain")
+    """where diffusion drops one label in ten: on retained images (retain), or also in both passes of forgetting (both, the release's)"""
+    order: Order = "joint"
+    """joint: a batch of each set in every step; sequential: each epoch a pass over D_f, then one over D_r; mixed: both sets shuffled into
+    one"""
+    alpha: float | Auto = "auto"
+    """weight of the retained data in joint order; 0 stands for |D_r| / |D_f|, at which every example weighs the same. The other orders
+    have none"""
+    epochs: int | Auto = "auto"
     """passes over the retained data"""
-    steps: int = 0
+    steps: int | Auto = "auto"
     """optimiser steps; above 0 it replaces epochs"""
-    batch: int = 256
+    batch: int | Auto = "auto"
     """retained examples in each step; in sequential order also forgotten ones"""
-    forget_batch: int = 0
+    forget_batch: int | Auto = "auto"
     """forgotten examples in each joint step; 0: so many that an epoch is one pass over D_f too, at least 16"""
-    lr: float = 0.013
+    lr: float | Auto = "auto"
     """learning rate (of the release's README, for SalUn)"""
-    optimizer: optim.Optimizer = "sgd"
+    optimizer: optim.Optimizer | Auto = "auto"
     """sgd, adam or adamw"""
     momentum: float = 0.9
     """momentum of sgd"""
-    weight_decay: float = 5e-4
+    weight_decay: float | Auto = "auto"
     """weight decay"""
-    clip: float = 0.0
+    clip: float | Auto = "auto"
     """largest gradient norm; 0 does not clip"""
     norm: Literal["update", "freeze"] = "update"
     """whether batch normalisation uses and updates its batch statistics, or keeps the original's"""
 
     def __post_init__(self) -> None:
-        if min(self.epochs, self.batch) < 1 or min(self.forget_batch, self.steps, self.clip, self.alpha) < 0:
+        if least(self.epochs, self.batch) < 1 or least(self.forget_batch, self.steps, self.clip, self.alpha) < 0:
             raise UsageError("epochs and batch must be at least 1, and forget_batch, steps, clip and alpha at least 0")
         if not 0 <= self.rho <= 1:
             raise UsageError(f"rho is {self.rho} but must be between 0 and 1")
 
+    def resolve(self, target: Any, task: Task) -> Self:
+        return settled(self, target, task)
+
     def run(self, target: Trainable, task: Task) -> Iterator[Row]:
         forget, retain = target.open(task.forget), target.open(task.retain)
-        joint = self.order == "joint"
-        share = self.forget_batch or max(16, round(self.batch * len(forget) / len(retain)))
-        D_f, D_r = forget.loader(share if joint else self.batch), retain.loader(self.batch)
-        w = target.trainable(self.params)  # theta
-        opt = optim.make(self.optimizer, w.values(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        lessons = Lessons(self, target, forget, retain)
+        w, clip = target.trainable(self.params), float(self.clip)  # theta
+        opt = optimizer(self, w.values())
         anchor = _Anchor(w)
         N = sum(p.numel() for p in w.values())
         target.train(self.norm)
-        epoch = len(D_r) if joint else len(D_f) + len(D_r)
-        S = self.steps or self.epochs * epoch
+        epoch = lessons.epoch
+        S = int(self.steps) or int(self.epochs) * epoch
 
-        for s in target.steps(S, opt, D_f, D_r, *([anchor] if self.renew == "epoch" else [])):
+        for s in target.steps(S, opt, *lessons.loaders, *([anchor] if self.renew == "epoch" else [])):
             if self.renew == "epoch" and s % epoch == 0:
                 anchor.take(w)
-            parts: dict[str, Tensor] = {}
-            if joint or s % epoch < len(D_f):
-                parts["forget"] = target.loss(target.relabel(D_f.draw(), self.labels))
-            if joint or s % epoch >= len(D_f):
-                parts["retain"] = target.loss(D_r.draw())
-            loss = parts["forget"] + self.alpha * parts["retain"] if joint else next(iter(parts.values()))
+            loss, parts = lessons.loss(s)
             opt.zero_grad()
             loss.backward()
-            if self.clip:
-                torch.nn.utils.clip_grad_norm_(w.values(), self.clip)
+            if clip:
+                torch.nn.utils.clip_grad_norm_(w.values(), clip)
             opt.step()
             gone = s if self.decay == "step" else s // epoch * epoch
             tau = anchor.pull(w, saliency.count(self.rho, N * (S - gone)) // S)

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import config, saliency
-from ..base import Method, Row, Task
+from ..base import Auto, Method, Row, Task
 from ..data import Examples
 from ..errors import UsageError
 from ..latents import Asked, Latents
 from ..targets.base import Learner
+from ._learn import joined, least, settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,12 @@ class SSD(Method):
 
     paper: ClassVar[str] = "arXiv:2308.07707"
     needs: ClassVar[type] = Learner
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": {}}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {},
+        "classifier": {"batch": 64},
+        "ddpm": {"batch": 64},
+        "clip": {"batch": 64},
+    }
 
     params: str = "full"
     """weights that may be dampened"""
@@ -46,21 +53,25 @@ class SSD(Method):
     """how many times more a weight must matter for the forget set"""
     lamb: float = 1.0
     """lambda, the strength: lower dampens more"""
-    batch: int = 64
+    batch: int | Auto = "auto"
     """examples in each gradient that is squared"""
     pictures: int = config.later(800)
     """pictures of each side that a text-to-image model draws itself when the task names none"""
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.pictures) < 1 or min(self.alpha, self.lamb) < 0:
+        if least(self.batch, self.pictures) < 1 or min(self.alpha, self.lamb) < 0:
             raise UsageError("batch and pictures must be at least 1, and alpha and lamb at least 0")
 
+    def resolve(self, target: Any, task: Task) -> Self:
+        return settled(self, target, task)
+
     def run(self, target: Learner, task: Task) -> Iterator[Row]:
-        asked = Asked(pictures=self.pictures)
+        target.differentiable()
+        asked, batch = Asked(pictures=self.pictures), int(self.batch)
         D_f, D_r = target.forgotten(task, asked), target.retained(task, asked)
         w = target.trainable(self.params)  # theta
-        I_D = saliency.mean(w, target.forgetting, self.mixed(D_f, D_r), Tensor.square)
-        I_f = saliency.mean(w, target.forgetting, D_f.batches(self.batch), Tensor.square)
+        I_D = saliency.mean(w, target.forgetting, self.mixed(D_f, D_r, batch), Tensor.square)
+        I_f = saliency.mean(w, target.forgetting, D_f.batches(batch), Tensor.square)
         for _ in target.steps(1):
             chosen, factors, total = 0, 0.0, 0
             for n, p in w.items():
@@ -72,8 +83,8 @@ class SSD(Method):
                 factors += float(beta[where].sum())
             yield {"chosen": chosen / total, "factor": factors / chosen if chosen else 1.0}
 
-    def mixed(self, D_f: Examples | Latents, D_r: Examples | Latents) -> Iterator[dict[str, Any]]:
+    def mixed(self, D_f: Examples | Latents, D_r: Examples | Latents, batch: int) -> Iterator[dict[str, Any]]:
         """D_f and D_r as one shuffled set, in batches."""
-        for rows in torch.randperm(len(D_f) + len(D_r)).split(self.batch):
+        for rows in torch.randperm(len(D_f) + len(D_r)).split(batch):
             f, r = D_f.batch(rows[rows < len(D_f)]), D_r.batch(rows[rows >= len(D_f)] - len(D_f))
-            yield {k: f[k] + r[k] if isinstance(f[k], list) else torch.cat([f[k], r[k]]) for k in f}
+            yield joined(f, r)
