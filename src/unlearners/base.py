@@ -7,7 +7,8 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
 
@@ -56,10 +57,12 @@ class Target(ABC):
     modules: dict[str, nn.Module]
     base: dict[str, Any]
     device: torch.device
+    amp: torch.dtype = torch.float32  # what a network with float32 weights computes in, under autocast
     session: Session | None = None
     warnings: Sequence[str] = ()  # what looks wrong without being an error; goes into the run record
     original: Callable[[], Target] | None = None  # loads the model before the erasure, for attacks that compare with it
     guide: Guide | None = None  # a defence at generation time; ``sample`` draws with it, ``eps`` and ``loss`` know nothing of it
+    late_guide: Guide | None = None  # the same without memory and with its warm-up over, which gradients can go through; None: has none
 
     @classmethod
     @abstractmethod
@@ -75,6 +78,11 @@ class Target(ABC):
     @abstractmethod
     def tiny(cls, seed: int = 0) -> Self:
         """Random weights of the real classes; no network; under a second."""
+
+    @classmethod
+    def tiny_like(cls, spec: str) -> Self:
+        """The ``tiny`` that has the layout of the model at ``spec``, where the family has several; nothing is loaded from ``spec``."""
+        return cls.tiny()
 
     @classmethod
     def claims(cls, spec: str) -> bool:
@@ -128,13 +136,23 @@ class Target(ABC):
         return chosen
 
     def trainable(self, group: str) -> dict[str, nn.Parameter]:
-        """``select``, ready to train: with gradients, and as float32 master weights where the model is held in half precision."""
+        """``select``, ready to train: with gradients, and as float32 master weights where the model is held in bfloat16.
+
+        Raises ``UsageError`` for a model in float16.
+        """
+        self.differentiable()
         chosen = self.select(group)
         for p in chosen.values():
-            if p.dtype in (torch.float16, torch.bfloat16):
+            if p.dtype == torch.bfloat16:
                 p.data = p.data.float()
             p.requires_grad_()
         return chosen
+
+    def differentiable(self) -> None:
+        """Raise ``UsageError`` for a model in float16, in which small gradients become 0; called before the long work of a method that
+        takes gradients of the weights."""
+        if torch.float16 in (self.amp, *(p.dtype for m in self.modules.values() for p in m.parameters())):
+            raise UsageError("this method needs gradients, and in float16 many of them underflow to 0; use --dtype bfloat16 or float32")
 
     def frozen(self, weights: Iterable[str] | None = None) -> Self:
         """A copy that does not train. Modules that own any of ``weights`` (all, when None) are its own; the rest is shared."""
@@ -169,21 +187,49 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Examples, named but not opened. The same source, seed and validation share give the same split everywhere."""
+    """Examples, named but not opened. The same source, seed, validation share and subset give the same split everywhere."""
 
     source: str = ""
-    """hub name, dataset or image folder, webdataset tars, "canvas" (its twelve objects), "canvas-pairs", "canvas-mascots" …"""
+    """hub name (behind a colon its configuration, "ufldl-stanford/svhn:cropped_digits"), dataset or image folder, webdataset tars,
+    "canvas" (its twelve objects), "canvas-pairs", "canvas-mascots" …"""
     split: Literal["train", "validation", "test"] = "train"
     rows: str = ""
     """which: "" all, "class=cat" or "class=3,5", "caption=phrase", "random=0.1" or "random=500", a file of row
     numbers or file names; "not …" the others"""
-    seed: int = 0
+    seed: int | Literal["run"] = 0
+    """seed of the split and of what "random=" takes; "run": "random=" takes what the seed of the run says, and the split is that of 0"""
     validation: float = 0.0
     """share of each class that is split off the training pictures"""
     digest: str = ""
     """SHA-256 of the file of rows, so that a changed file is noticed"""
     forms: tuple[str, ...] = config.later(())
     """how a class is said to a model that reads: "a photo of a {}." …"""
+    names: str = config.later("")
+    """a text file with one name a line: names that no picture has, and that a picture may be taken for all the same"""
+    names_digest: str = config.later("")
+    """SHA-256 of that file, so that a changed file is noticed"""
+    draw: int | Literal["run"] | None = config.later(None)
+    """seed of what "random=" takes, where it is not that of the split; "run" is the seed of the run"""
+    subset: int = config.later(0)
+    """how many of the training pictures there are, drawn with the split's seed, of each class in proportion; 0 takes all, or those that
+    the model was trained on"""
+    augment: str = config.later("auto")
+    """of training batches: none, flip, crop, crop-flip; crop moves a picture by up to an eighth of its side, crop4 by up to 4 pixels;
+    auto is what the model was trained with, else by the data set and the family"""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|none|flip|crop\d*(-flip)?", self.augment):
+            raise UsageError(f"augment is '{self.augment}' but must be auto, none, flip, crop, crop-flip, or for example crop4-flip")
+        if self.subset < 0:
+            raise UsageError(f"subset is {self.subset} but must be a number of pictures; 0 takes all")
+
+    def at(self, seed: int) -> Self:
+        """With ``seed``, that of the run, in place of "run"; the same where nothing asks for it."""
+        if "run" not in (self.seed, self.draw):
+            return self
+        draw = seed if self.seed == "run" or self.draw == "run" else self.draw
+        drawn = self.rows.removeprefix("not ").startswith("random=")
+        return replace(self, seed=0 if self.seed == "run" else self.seed, draw=draw if drawn else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +261,8 @@ class Task:
     """named pictures of other domains, which must still be named right"""
     question: str = config.later("What is the name of this character?")
     """what a model that answers is asked about a picture"""
+    usual: tuple[Literal["anchors", "preserve"], ...] = config.later(())
+    """which of these nobody named: they are the usual ones of the kind, and a method may choose better ones"""
     version: int = 1
 
     def __post_init__(self) -> None:
@@ -235,6 +283,12 @@ class Task:
     def axis(self) -> str:
         """The domain that is judged for forgetting."""
         return self.domain or self.kind
+
+    def at(self, seed: int) -> Self:
+        """With ``seed``, that of the run, in place of "run" in its data."""
+        own = {name: getattr(self, name).at(seed) for name in ("forget", "retain", "holdout")}
+        made = replace(self, **own, utility=tuple(u.at(seed) for u in self.utility))
+        return self if made == self else made
 
     def anchor(self, i: int) -> str:
         """The anchor of concept ``i``; "" (the empty prompt) when the task has none."""
@@ -283,6 +337,7 @@ class Method(ABC):
         after the weights have been put back to the last good state.
         """
         require(self, target)
+        task = task.at(seed)
         target.suits(task)
         if self.runtime and target.guide:
             raise UsageError(f"the target already has a guide that acts at generation time; use {kebab(self)} on the model below it")
@@ -335,11 +390,31 @@ def kebab(part: Any) -> str:
 
 
 # --- judges -------------------------------------------------------------------------------------------------------
+def finite(images: Tensor) -> None:
+    """Refuse pictures (B, 3, H, W) with values that are not finite: nothing can be recognised in them, which is not forgetting."""
+    bad = int((~images.isfinite()).flatten(1).any(1).sum()) if images.numel() else 0
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {len(images)} pictures hold values that are not finite, so they can be neither judged nor measured; "
+            "draw them in float32 or bfloat16"
+        )
+
+
 class Judge(ABC):
-    """Reads pictures: images (B, 3, H, W) in [0, 1] to one label each, in one domain."""
+    """Reads pictures: images (B, 3, H, W) in [0, 1] to one label each, in one domain.
+
+    Pictures that are not finite reach no judge: its ``labels`` and ``shows`` raise ``NonFiniteError`` first.
+    """
 
     paper: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    """raised when the same settings begin to read pictures otherwise"""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for verb in {"labels", "shows"} & set(vars(cls)):
+            setattr(cls, verb, _of_finite(vars(cls)[verb]))
 
     @abstractmethod
     def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
@@ -351,7 +426,19 @@ class Judge(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a record says of this judge: its name and fields, to which one adds what else its answers hang on, such as versions."""
-        return {"name": kebab(self), **config.to_dict(self)}
+        said = {"name": kebab(self), **config.to_dict(self)}
+        return said | ({"version": self.version} if self.version > 1 else {})
+
+
+def _of_finite(read: Callable[..., Any]) -> Callable[..., Any]:
+    """``read``, a judge's verb, that looks at its pictures first."""
+
+    @wraps(read)
+    def reads(self: Judge, images: Tensor, *args: Any, **named: Any) -> Any:
+        finite(images)
+        return read(self, images, *args, **named)
+
+    return reads
 
 
 # --- attacks ------------------------------------------------------------------------------------------------------
@@ -419,14 +506,16 @@ class Attack(ABC):
     """Looks for prompts that bring the concept back. Proposes; the base class generates, judges and counts.
 
     ``access`` and ``level`` are its threat model: whether it reads the victim's weights, and where its input enters.
-    Pictures are drawn with the guide that the target may carry (``Target.guide``). Gradients go through ``eps``, which knows only the
-    weights: a search along them is refused by ``run.attack`` where a guide acts, unless the attack has a field ``transfer`` that is set.
+    Pictures are drawn with the guide that the target may carry (``Target.guide``). With ``through`` a search along gradients asks one step
+    of that guide (``Target.late_guide``); other gradients know the weights alone, and ``run.attack`` refuses them where a guide acts,
+    unless the attack has a field ``transfer`` that is set.
     """
 
     needs: ClassVar[type[Target]]
     paper: ClassVar[str]
     access: ClassVar[Literal["white", "black"]]
     level: ClassVar[Literal["prompt", "tokens", "embedding", "latent"]] = "prompt"
+    through: ClassVar[bool] = False
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -584,7 +673,7 @@ class Metric(ABC):
 
     @abstractmethod
     def score(self, target: Any, task: Task, outputs: Outputs) -> Score | dict[str, Score]:
-        """The value, or several as {suffix: value}; the report calls them "metric/suffix"."""
+        """The value, or several as {suffix: value}; the report calls them "metric/suffix", and the one without a suffix "metric"."""
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

@@ -108,5 +108,12 @@ def sheet(about: Mapping[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
+def short(value: Any) -> str:
+    """A value of a field for a person; a long list as its first entries and their number."""
+    if isinstance(value, list | tuple) and len(value) > 6:
+        return f"{', '.join(map(str, value[:6]))}, … ({len(value)} in all)"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def settings(part: Mapping[str, Any]) -> str:
     return " ".join([part["name"], *(f"{k}={v}" for k, v in part.items() if k != "name")]).strip()

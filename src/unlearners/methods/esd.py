@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from typing_extensions import Self
 
-from ..base import Method, Row, Task
+from ..base import Auto, Method, Row, Target, Task
 from ..diffusion import TrajectoryPool, states
 from ..errors import UsageError
 from ..targets.base import Denoiser
@@ -31,11 +32,13 @@ class ESD(Method):
     Deviations from the authors' code:
     1. One eta convention, the paper's. The 2025 release writes its target as eps_0(c) - eta' [eps_0(c) - eps_0], so its
        eta' = 2 is eta = 1 here, and its SDXL default eta' = 1 is eta = 0.
-    2. The network is told the time of x_t (``time="bucket"`` draws it uniformly from the sampler step around that time); the 2023
-       code tells it a time about 48 steps noisier.
+    2. The network is told a time within half a sampler step around x_t's own. The 2023 code draws it from x_t's own time on
+       (``time="bucket"``, on average half a step too noisy) and, by a slip that is not repeated, some 48 steps later still.
     3. Weights and losses are float32; the 2025 release trains bfloat16 weights. Pictures are sampled at the model's own size.
     4. Norm layers belong to noxattn and full; the 2025 release leaves them out without saying so.
     5. ``pool`` and ``batch`` are ours: one sampled trajectory feeds many updates. 0 and 1 are the paper's procedure.
+    6. Fields that are "auto" go by the kind of concept and by the model: the paper trains ESD-x for styles and identities and ESD-u
+       for nudity and objects; for SDXL there is only the 2025 script, whose settings are taken (preset ``release-sdxl``).
     """
 
     paper: ClassVar[str] = "arXiv:2303.07345"
@@ -43,29 +46,41 @@ class ESD(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "release": {"steps": 200, "lr": 5e-5, "x_from": "frozen", "sampler": "pipeline", "time": "grid"},
+        "release-sdxl": {
+            "params": "xattn",
+            "steps": 200,
+            "lr": 2e-4,
+            "eta": 0.0,
+            "guidance": 2.0,
+            "x_from": "frozen",
+            "sampler": "pipeline",
+            "time": "grid",
+        },
         "fast": {"steps": 200, "lr": 2e-4, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000},
     }
 
-    params: str = "xattn"
-    """weights to train: xattn (ESD-x), noxattn (ESD-u), selfattn (ESD-self), full, another group or a regular expression"""
-    steps: int = 1000
-    """optimiser steps"""
-    lr: float = 1e-5
-    """learning rate of Adam"""
-    eta: float = 1.0
-    """negative guidance; 0 teaches the unconditional prediction"""
+    params: str = "auto"
+    """weights to train: xattn (ESD-x), noxattn (ESD-u), selfattn (ESD-self), full, another group or a regular expression; auto: xattn for
+    styles and identities, noxattn for nudity and objects"""
+    steps: int | Auto = "auto"
+    """optimizer steps; auto: 1000, and 200 on SDXL"""
+    lr: float | Auto = "auto"
+    """learning rate of Adam; auto: 1e-5, and 2e-4 for the cross-attention of SDXL"""
+    eta: float | Auto = "auto"
+    """negative guidance; 0 teaches the unconditional prediction; auto: 1, and 0 on SDXL"""
     batch: int = 1
     """states x_t in each update"""
-    guidance: float = 3.0
-    """classifier-free guidance while sampling x_t"""
+    guidance: float | Auto = "auto"
+    """classifier-free guidance while sampling x_t; auto: 3, and 2 on SDXL"""
     sampler_steps: int = 50
     """steps of a whole trajectory"""
     x_from: Literal["current", "frozen"] = "current"
     """which model samples x_t: the one in training (2023) or the original (2025)"""
     sampler: Literal["ddim", "pipeline"] = "ddim"
     """scheduler that samples x_t"""
-    time: Literal["bucket", "grid"] = "bucket"
-    """t uniform within the sampler's step around x_t's own (2023), or x_t's own (2025)"""
+    time: Literal["centered", "bucket", "grid"] = "centered"
+    """the time the network is told: uniform within half a sampler step around x_t's own, within the step from x_t's own on (2023), or
+    x_t's own (2025)"""
     pool: int = 0
     """trajectories shared by the updates; 0 samples a new partial one for each"""
     refresh: int = 100
@@ -74,36 +89,46 @@ class ESD(Method):
     """take the concept out of this prompt only: x_t and the student see it, the target is eps_0(from) - (1 + eta) [eps_0(c) - eps_0]"""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.sampler_steps, self.refresh) < 1 or self.pool < 0:
+        steps = 1 if self.steps == "auto" else self.steps
+        if min(steps, self.batch, self.sampler_steps, self.refresh) < 1 or self.pool < 0:
             raise UsageError("steps, batch, sampler_steps and refresh must be at least 1, and pool at least 0")
+
+    def resolve(self, target: Target, task: Task) -> Self:
+        named = task.kind in ("style", "identity") or "noxattn" not in target.groups  # a DDPM has classes, which are always named
+        params = ("xattn" if named else "noxattn") if self.params == "auto" else self.params
+        own = {"steps": 1000, "lr": 1e-5, "eta": 1.0, "guidance": 3.0}
+        if "text_encoder_2" in target.modules:  # SDXL
+            own = {"steps": 200, "lr": 2e-4 if params == "xattn" else 1e-5, "eta": 0.0, "guidance": 2.0}
+        return replace(self, params=params, **{name: value for name, value in own.items() if getattr(self, name) == "auto"})
 
     def run(self, target: Denoiser, task: Task) -> Iterator[Row]:
         w = target.trainable(self.params)  # theta
         old = target.frozen(w)  # theta_0
-        opt = torch.optim.Adam(w.values(), lr=self.lr)
+        opt, eta = torch.optim.Adam(w.values(), lr=float(self.lr)), float(self.eta)
         said = [self.erase_from] * len(task.said) if self.erase_from else list(task.said)
         with torch.no_grad():
             c, null, shown = old.encode(list(task.said)), old.null(), old.encode(said)
         text_trains = any(n.startswith("text_encoder") for n in w)
         how: dict[str, Any] = {
-            "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps,
+            "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": float(self.guidance), "steps": self.sampler_steps,
             "scheduler": target.scheduler if self.sampler == "pipeline" else None,
         }  # fmt: skip
         pool, width = TrajectoryPool(), max(1, target.train_steps // self.sampler_steps)
 
-        for _ in target.steps(self.steps, opt, pool):
+        for _ in target.steps(int(self.steps), opt, pool):
             model, seen = target if self.x_from == "current" else old, shown
             if text_trains and model is target:
                 with torch.no_grad():
                     seen = target.encode(said)  # what the model in training makes of the prompts
             x_t, t, k = states(model, pool, seen, null, **how)  # (B, 4, h, w), (B,), (B,): x_t ~ p(. | c)
-            if self.time == "bucket":
-                t = (t + (torch.randint(width, t.shape) - width // 2).to(t.device)).clamp(0, target.train_steps - 1)
+            if self.time != "grid":
+                shift = torch.randint(width, t.shape) - (width // 2 if self.time == "centered" else 0)
+                t = (t + shift.to(t.device)).clamp(0, target.train_steps - 1)
             with torch.no_grad():
                 e_0, e_c = old.eps(x_t, t, null.repeat(len(k))), old.eps(x_t, t, c[k])
                 away = e_c - e_0
                 e_from = old.eps(x_t, t, shown[k]) if self.erase_from else e_c
-                goal = e_from - (1 + self.eta) * away  # = e_0 - eta away, without erase_from
+                goal = e_from - (1 + eta) * away  # = e_0 - eta away, without erase_from
             student = target.encode([said[i] for i in k]) if text_trains else shown[k]
             e = target.eps(x_t, t, student)
             loss = F.mse_loss(e.float(), goal.float())

@@ -27,7 +27,7 @@ from ..errors import RefusedError, UnlearnError, UsageError
 from ..files import quiet
 from ..latents import Asked, Latents
 from ..zoo import canvas
-from .base import Learner, TextToImage, tiny_tokenizer
+from .base import Learner, TextToImage, hub_config, tiny_tokenizer
 
 ALIASES = {
     "canvas": str(canvas.FOLDER / "sd"),
@@ -110,6 +110,12 @@ class StableDiffusion(Learner, TextToImage):
     def tiny(cls, seed: int = 0, *, xl: bool = False, prediction: str = "epsilon") -> Self:
         """Random weights of the real classes, byte-level tokenizer, 16×16 pictures; ``xl`` gives an SDXL layout."""
         return cls(_tiny(seed, xl, prediction), "tiny")
+
+    @classmethod
+    def tiny_like(cls, spec: str) -> Self:
+        index = hub_config(cls.aliases.get(spec, spec), "model_index.json")
+        xl = index.get("_class_name") == PIPELINES[1] or spec in ("sdxl", ALIASES["sdxl"])  # the second: without a network
+        return cls.tiny(xl=xl)
 
     def patch(self, patches: Sequence[str], *, force: bool = False) -> None:
         """See ``Target.patch``. Erased models and LoRA files of others are patches too; they do not say what they were made for."""

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from .. import config, listing
 from ._judged import Judged
-from .base import Result, cut, device_of, rehearsal
+from .base import Result, automatic, cut, device_of, rehearsal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,9 @@ class Attack(Judged):
             with rehearsal(method, task) as folder:
                 file = run.attack(cut(part), folder, seed=self.seed, prompts=2, scheduler=self.scheduler)
                 tried = _rates(json.loads(file.read_text()))
-            would = {"folder": str(where), "attack": {"name": self.attack, **config.to_dict(part)}}
+            own = (self.folder / "run.json").is_file() or not self.base
+            chosen = automatic(part, str(self.folder) if own else self.base, task)
+            would = {"chosen": chosen, "folder": str(where), "attack": {"name": self.attack, **config.to_dict(part)}}
             return {"dry_run": True, "file": str(where / "attacks" / f"{self.attack}.json"), **would, "tried": tried}
         with run.progress_bars() as bars:
             where = self.found(self.folder, self.device, bars)
@@ -72,6 +74,8 @@ class Attack(Judged):
     def say(self, result: Result) -> None:
         if self.dry_run:
             print(f"would run {listing.settings(result['attack'])} on {self.folder} and write {result['file']}")
+            for name, value in result["chosen"].items():
+                print(f"  {name}: {listing.short(value)} (chosen for this kind of concept and this model)")
             print(f"tried on {result['tried']['prompts']} prompts of the tiny model")
         else:
             self.adopted(self.folder, result)

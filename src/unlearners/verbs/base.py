@@ -111,18 +111,22 @@ def rehearsal(method: Any = None, task: Task | None = None) -> Iterator[Path]:
     The canvas' judge reads the pictures, since it needs nothing from the network. A task of pictures gets the tiny model's own.
     """
     from .. import run, tasks
+    from ..base import Data
 
     task = task or tasks.from_concept("cup", "object")
+    method = method or registry.make("methods", "ga" if task.forget.source else "uce")
+    draws = bool(task.probes)
+    if task.forget.source and draws and not issubclass(registry.get("targets", "ddpm"), method.needs):  # it reads no pictures, only words
+        task = dataclasses.replace(task, forget=Data(), retain=Data(), holdout=Data())
     if task.forget.source:
         with tempfile.TemporaryDirectory() as runs:
-            tiny = "tiny-ddpm" if task.probes else "tiny-classifier"
-            yield run.erase(cut(method or registry.make("methods", "ga")), tiny, rehearsed(draws=bool(task.probes)), runs=runs)
+            yield run.erase(cut(method), "tiny-ddpm" if draws else "tiny-classifier", rehearsed(draws=draws), runs=runs)
         return
     named = [p for p in task.probes if task.names_concept(p)]
     few = (*named[:2], *[p for p in task.probes if p not in named][:4])
-    task = dataclasses.replace(task, probes=few, seeds=task.seeds[:1], judge="canvas", suite=OFFLINE)
+    task = dataclasses.replace(task, probes=few, seeds=task.seeds[:1], judge="canvas:trial=true", suite=OFFLINE)
     with tempfile.TemporaryDirectory() as runs:
-        yield run.erase(cut(method or registry.make("methods", "uce")), "tiny", task, runs=runs)
+        yield run.erase(cut(method), "tiny", task, runs=runs)
 
 
 def rehearsed(*, draws: bool = False) -> Task:
@@ -160,6 +164,20 @@ def described(task: str, concept: Sequence[str], kind: Any, anchor: Sequence[str
     if task and (kind or anchor or preserve):
         raise UsageError("--kind, --anchor and --preserve describe a --concept; a task has its own, so leave them out")
     return tasks.load(task) if task else tasks.from_concept(concept, kind or "object", anchors=anchor, preserve=preserve)
+
+
+def automatic(part: Any, spec: str, task: Task) -> Result:
+    """What the "auto" fields of a method or attack become for ``task`` on a model like the one at ``spec``: {field: value}.
+
+    The tiny model of the same family and layout stands for it, so nothing is loaded.
+    """
+    from ..base import chosen, require, settle
+    from ..targets import family_of, root
+
+    base, _, family, _ = root(spec)
+    target = registry.get("targets", family or family_of(base)).tiny_like(base)
+    require(part, target)
+    return chosen(part, settle(part, target, task))
 
 
 def here(spec: str) -> str:

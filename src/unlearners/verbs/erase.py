@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from .. import listing
 from ..errors import UsageError
-from .base import Result, Verb, cost, described, device_of, here, print_table, record_of, rehearsal
+from .base import Result, Verb, automatic, cost, described, device_of, here, print_table, record_of, rehearsal
 
 if TYPE_CHECKING:
     from ..base import Task
@@ -53,10 +53,14 @@ class Erase(Verb):
     """captioned pictures of other things, beside --concept and --forget"""
     test: str = ""
     """named pictures to measure on, one folder for each name, beside --concept and --forget"""
+    utility: tuple[str, ...] = ()
+    """named pictures of other domains, one folder for each name, that must still be named right, beside --test"""
+    names: str = ""
+    """a text file, one name a line: names that the pictures of --test, or of a task for a CLIP, may be taken for beside their own"""
     validation: float = 0.0
     """share of --data that the model did not see in training"""
-    split_seed: int = 0
-    """seed of what random= draws and of the validation share"""
+    split_seed: int | Literal["run"] | None = None
+    """seed of what random= takes and of the validation share, also of a task's; run: random= takes what --seed says; 0 when left out"""
     evaluate: bool = False
     """measure the result at once and print the table"""
     preset: str = ""
@@ -80,16 +84,20 @@ class Erase(Verb):
 
     def do(self, part: Any) -> Result:
         from .. import run
+        from ..banks import banked
         from ..base import Run
         from ..targets import absolute
 
-        task = self.wanted()
+        task = self.wanted().at(self.seed)
+        task = banked(task, self.names) if self.names else task
         if self.dry_run:
             patches = tuple(str(Path(p).resolve()) for p in self.patches)
             plan = Run(target=absolute(self.target), task=task, method=part, seed=self.seed, dtype=self.dtype, patches=patches)
+            chosen = automatic(part, self.target, task)
             with rehearsal(part, task) as folder:
                 tried = record_of(folder)
-            return {"dry_run": True, "folder": str(self.out or self.runs / plan.folder), "run": plan.plain, "tried": tried}
+            folder = self.out or self.runs / plan.folder
+            return {"dry_run": True, "folder": str(folder), "run": plan.plain, "chosen": chosen, "tried": tried}
         where: Result = {"out": self.out, "runs": self.runs, "device": device_of(self.device), "force": self.force}
         with run.progress_bars() as bars:
             folder = run.erase(part, self.target, task, seed=self.seed, dtype=self.dtype, patches=self.patches, progress=bars, **where)
@@ -108,19 +116,31 @@ class Erase(Verb):
         if self.concept and (self.forget or self.retain or self.test):
             if not (self.forget and self.retain):
                 raise UsageError("--forget and --retain name captioned pictures of the concept and of other things; give both")
+            if self.utility and not self.test:
+                raise UsageError("--utility names pictures of other domains beside --test; give --test too")
             return tasks.from_pairs(
                 self.concept, self.concept_kind or "object", here(self.forget), here(self.retain), test=here(self.test),
+                utility=tuple(here(u) for u in self.utility),
                 anchors=self.anchor, preserve=self.preserve, **({"validation": self.validation} if self.validation else {}),
             )  # fmt: skip
+        if self.utility:
+            raise UsageError("--utility names pictures of other domains beside --concept, --forget, --retain and --test; give all of them")
         if self.data or self.forget:
             if not (self.data and self.forget):
                 raise UsageError("--data names the training pictures and --forget which of them to forget; give both")
-            return tasks.from_data(here(self.data), self.forget, seed=self.split_seed, validation=self.validation)
-        return described(self.task, self.concept, self.concept_kind, self.anchor, self.preserve)
+            return tasks.from_data(here(self.data), self.forget, seed=self.split_seed or 0, validation=self.validation)
+        named = described(self.task, self.concept, self.concept_kind, self.anchor, self.preserve)
+        if self.validation:
+            raise UsageError("--validation is of --data; a task says itself what is held back, and words have no pictures, so leave it out")
+        if self.split_seed is not None and not named.forget.source:
+            raise UsageError("--split-seed is of pictures, and this task names none; leave it out")
+        return tasks.reseeded(named, self.split_seed)
 
     def say(self, result: Result) -> None:
         if self.dry_run:
             print(f"would run {listing.settings(result['run']['method'])}")
+            for name, value in result["chosen"].items():
+                print(f"  {name}: {listing.short(value)} (chosen for this kind of concept and this model)")
             print(f"to erase {', '.join(result['run']['task']['concepts'])} from {self.target} into {result['folder']}")
             print(f"tried two steps on the tiny model: {cost(result['tried'])}")
         else:
