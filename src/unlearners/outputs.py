@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import config
-from .base import Data, Judge, Request, Task, Verdict
+from .base import Data, Judge, Request, Task, Verdict, finite
 from .diffusion import batches
 from .errors import UsageError
 from .files import replacing, turn, write_json, write_text
@@ -99,7 +99,8 @@ class Gallery:
 
 
 def save_picture(image: Tensor, path: Path) -> None:
-    """(3, H, W) in [0, 1] to an 8-bit PNG."""
+    """(3, H, W) in [0, 1] to an 8-bit PNG. Raises ``NonFiniteError`` for a picture that is not finite, which bytes would hide."""
+    finite(image[None])
     Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
 

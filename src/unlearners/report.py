@@ -35,7 +35,7 @@ MEANINGS = {
     "fa": "test pictures of the concept that are still named",
     "similarity": "mean cosine of test pictures with their names",
     "cosine": "mean cosine of pictures with their texts",
-    "mia_cosine": "how well the forget set is told from pairs never trained on; 50 is not at all",
+    "mia_cosine": "how well the forget set is told from unseen pairs of its concept; 50 is not at all",
     "vqa": "questions about pictures that are answered right",
     "name_accuracy": "answers to the question for the forgotten name, by kind",
     "nudenet_counts": "body parts found in all pictures",

@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from unlearners import cli, data, run, targets, tasks
 from unlearners.base import Data
@@ -121,6 +122,54 @@ def test_from_the_command_line_to_plain_libraries(home: Path, tmp_path: Path, ca
         x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
         ours = (edited.images(x) * edited.texts(["A picture of zorbo."])).sum(1)
     assert torch.allclose(cos, ours, atol=1e-4)
+
+
+def test_names_and_other_domains_from_the_command_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)
+    for style in ("neon", "photo"):
+        (home / "styles" / style).mkdir(parents=True, exist_ok=True)
+        for i in range(4):
+            picture(900 + i, Item(object="cup", style=style)).save(home / "styles" / style / f"{i}.png")
+    bank = tmp_path / "bank.txt"
+    bank.write_text("\n".join([*MASCOTS, "Ada", "Bert", "Cleo"]))
+    erase = "erase original canvas-clip --concept zorbo --kind identity --forget zorbo --retain others --test names --utility styles"
+    out = tmp_path / "run"
+    assert cli.main([*erase.split(), "--names", str(bank), "--evaluate", "--json", "--out", str(out)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    task, rows = result["run"]["task"], {r["metric"]: r for r in result["results"]}
+    assert task["holdout"]["names"] == str(bank) and len(task["holdout"]["names_digest"]) == 64
+    assert task["utility"] == [{"source": str(home / "styles"), "split": "train", "rows": "", "seed": 0, "validation": 0.5, "digest": ""}]
+    assert rows["ta/styles"]["n"] == 4 and rows["fa/top1"]["n"] == 3
+    assert len(rows["similarity/forgotten"]["table"]["names"]) == len(MASCOTS)
+
+    bank.write_text("\n".join(["zorbo", "Ada"]))
+    told: list[Any] = []
+    monkeypatch.setattr(run, "evaluate", lambda *a, **k: told.append(k) or out / "results.json")
+    assert cli.main(["evaluate", str(out), "--names", str(bank), "--json"]) == 0 and told[0]["names"] == str(bank)
+    capsys.readouterr()
+    bank.write_text("Ada")
+    assert cli.main(["evaluate", str(out), "--names", str(bank)]) == 2
+    assert "does not name 'zorbo'" in capsys.readouterr().err
+    assert cli.main([*erase.split()[:-4], "--utility", "styles"]) == 2 and "give --test too" in capsys.readouterr().err
+    assert cli.main(["erase", "ga", "canvas", "--concept", "neon", "--utility", "styles"]) == 2
+    assert "--utility names pictures of other domains" in capsys.readouterr().err
+
+
+def test_names_at_evaluation_are_new_candidates(home: Path, tmp_path: Path) -> None:
+    task = tasks.from_pairs("zorbo", "identity", str(home / "zorbo"), str(home / "others"), test=str(home / "names"))
+    done = run.erase("original", "canvas-clip", task, out=tmp_path / "run")
+    bank = tmp_path / "bank.txt"
+    bank.write_text("\n".join(["zorbo", "Ada", "Bert"]))
+    for names in ("", bank):
+        rows = {r["metric"]: r for r in json.loads(run.evaluate(done, metrics=["fa", "ta"], names=names).read_text())}
+        assert (rows["fa/top1"]["n"], rows["ta/top1"]["n"]) == (3, 21)
+    widths = {load_file(f)["logits"].shape[1] for f in (done / "logits").glob("*.safetensors")}
+    assert widths == {len(MASCOTS), len(MASCOTS) + 2}, "zorbo has pictures, the other two have none"
+    assert json.loads((done / "evaluate.json").read_text())["asked"]["names"]
+    with pytest.raises(UsageError, match="named zero-shot"):
+        run.evaluate(run.erase("original", "tiny", tasks.from_concept("zq", "style"), out=tmp_path / "sd"), names=bank)
 
 
 def test_an_open_clip_checkpoint_is_open_clips(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def few(task: Task | str) -> Task:
     named = [p for p in task.probes if task.names_concept(p)][:2]
     probes = (*named, *[p for p in task.probes if not task.names_concept(p)][:3])
     suite = tuple(m for m in task.suite if task.judge == "canvas" or m not in ("clip_score", "fid"))
-    return dataclasses.replace(task, probes=probes, seeds=task.seeds[:1], judge="canvas", suite=suite)
+    return dataclasses.replace(task, probes=probes, seeds=task.seeds[:1], judge="canvas:trial=true", suite=suite)
 
 
 def few_pictures(task: Task) -> Task:

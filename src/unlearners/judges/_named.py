@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ..banks import plain
 from ..base import Task
 from ..errors import UsageError, unknown
 
@@ -16,11 +16,6 @@ def candidates(task: Task, domain: str) -> list[str]:
     own = (*task.concepts, *task.anchors, *task.preserve) if domain == task.axis else ()
     named = (p.truth[domain] for p in task.probes if domain in p.truth)
     return [label for label in dict.fromkeys((*own, *named)) if label.strip()]
-
-
-def plain(name: str) -> str:
-    """A class name as it is compared: lower case, words apart by one space, no article in front."""
-    return re.sub(r"^(an?|the) ", "", re.sub(r"[\s_-]+", " ", name.lower()).strip())
 
 
 def said(index: int, classes: Sequence[str], labels: Mapping[int, str]) -> str:

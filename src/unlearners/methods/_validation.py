@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import judges
+from ..banks import forgotten
 from ..base import Data, Target, Task
 from ..data import Examples
 from ..diffusion import batches
@@ -126,8 +127,8 @@ class Dual(Scorer):
         for data in (held, *(replace(u, split="validation") for u in task.utility)):
             found: Examples = self.target.open(replace(data, rows=""))
             forms = found.forms or self.target.forms
-            names = [[f.format(c.replace("_", " ")) for f in forms] for c in found.classes]
-            gone = torch.tensor([c in task.concepts for c in found.classes])[found.labels]
+            names = [[f.format(c.replace("_", " ")) for f in forms] for c in (*found.classes, *found.extra)]
+            gone = torch.tensor(forgotten(found.classes, task))[found.labels]
             for forget in (True, False):
                 rows = (gone == forget).nonzero().flatten()
                 if len(rows):

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..banks import forgotten
 from ..base import Data, Outputs, Score, Task, rate
 from ..targets.base import DualEncoder
 
 
 def named(target: DualEncoder, task: Task, outputs: Outputs, data: Data) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
-    """Cosines (n, K), labels (n,), whether each picture is of a concept (n,), and the K names."""
+    """Cosines (n, K + E), labels (n,), whether each picture is of a concept (n,), and the K names that pictures have; E other names."""
     cosines, y = outputs.logits(data)
     classes = target.open(data).classes
-    return cosines, y, Tensor([c in task.concepts for c in classes]).bool()[y], classes
+    return cosines, y, Tensor(forgotten(classes, task)).bool()[y], classes
 
 
 def within(cosines: Tensor, y: Tensor, k: int) -> Score:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..banks import forgotten
 from ..base import Metric, Outputs, Score, Target, Task, kebab
 from ..data import Examples
 from ..errors import UsageError
@@ -94,7 +95,7 @@ class Relearned(Metric):
         if not dual:
             return forget.only(order[:n]), forget.only(order[n:].sort().values)
         test = target.open(task.holdout)
-        gone = torch.tensor([c in task.concepts for c in test.classes])[test.labels].nonzero().flatten()
+        gone = torch.tensor(forgotten(test.classes, task))[test.labels].nonzero().flatten()
         if not len(gone):
             raise UsageError(f"no test picture of {task.holdout.source} is called {task.concepts[0]}; give test pictures with its name")
         return forget.only(order[:n]), test.only(gone)

@@ -38,6 +38,7 @@ class Similarity(Metric):
 
     def score(self, target: DualEncoder, task: Task, outputs: Outputs) -> dict[str, Score]:
         cosines, y, gone, classes = named(target, task, outputs, task.holdout)
+        cosines = cosines[:, : len(classes)]
         matrix = torch.stack([100 * cosines[y == i].double().mean(0) for i in range(len(classes))])  # (K, K)
         own = 100 * cosines.double().gather(1, y[:, None])[:, 0]
         table = {"names": list(classes), "matrix": [[round(v, 2) for v in row] for row in matrix.tolist()]}

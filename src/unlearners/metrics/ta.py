@@ -25,7 +25,8 @@ class TA(Metric):
     encoder ``ta/top1`` and ``ta/top5`` on the concept's own domain, without its pictures, and ``ta/<source>`` for each other domain.
 
     Deviations from the authors' code: none for classifiers, where the goal is the value of a model retrained without the forget set.
-    SLUG averages TA over 100 names that include the forgotten one; here it does not.
+    SLUG averages TA over 100 names that include the forgotten one; here it does not. As there, a file of names (``--names``) adds names
+    that no picture has to those that a picture of the concept's own domain may be taken for.
     """
 
     needs = Recogniser
@@ -43,5 +44,6 @@ class TA(Metric):
         found = {f"top{k}": within(cosines[~gone], y[~gone], k) for k in (1, 5)}
         for data in task.utility:
             cosines, y = outputs.logits(data)
-            found[data.source.rstrip("/").rpartition("/")[2]] = within(cosines, y, 1)
+            name = data.source.rstrip("/").rpartition("/")[2]
+            found[data.source if name in found else name] = within(cosines, y, 1)
         return found

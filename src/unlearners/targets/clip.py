@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import clip_maps, latents, patch
+from ..banks import others
 from ..base import Data, Relabel, Task
 from ..data import Examples, Source, open_data
+from ..diffusion import batches
 from ..errors import RefusedError, UsageError
 from ..files import quiet, sentence
 from ..latents import Asked
@@ -27,6 +29,8 @@ from .base import DualEncoder, hub_config, tiny_tokenizer
 
 OPEN_CLIP = "open_clip/"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NAMES = 256
+"""names that are read at once"""
 FORMS = ("a photo of a {}.",)
 """how a class is said where the data say nothing of it"""
 USUAL = {"clip": {"mean": MEAN, "std": STD}, "siglip": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}
@@ -214,7 +218,7 @@ class CLIP(DualEncoder):
         else:
             form = (data.forms or self.forms)[0]
             texts = tuple(form.format(_spoken(examples.classes[y])) for y in examples.labels.tolist())
-        return replace(examples, texts=texts, forms=data.forms)
+        return replace(examples, texts=texts, forms=data.forms, extra=others(data, examples.classes))
 
     def forgotten(self, task: Task, asked: Asked) -> Examples:
         """The pairs to forget; "draw:PIPELINE" as their source has a pipeline draw them from the bare concept, as SLUG does."""
@@ -247,7 +251,7 @@ class CLIP(DualEncoder):
     # --- reading --------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def predict(self, examples: Examples, batch: int = 256) -> tuple[Tensor, Tensor]:
-        named = len(examples.classes) > 1 and all(examples.classes)
+        named = len(examples.classes) + len(examples.extra) > 1 and all(examples.classes)
         names = self.classes_said(examples) if named else None
         found = []
         for b in examples.batches(batch):
@@ -256,9 +260,12 @@ class CLIP(DualEncoder):
         return torch.cat(found), examples.labels if named else torch.zeros(len(examples), dtype=torch.long)
 
     def classes_said(self, examples: Examples) -> Tensor:
-        """Unit embeddings (K, D) of the classes, each the mean over the ways to say it."""
+        """Unit embeddings (K, D) of the classes and then of ``examples.extra``, each the mean over the ways to say it."""
         forms = examples.forms or self.forms
         rows = [F.normalize(self.texts([f.format(_spoken(c)) for f in forms]).mean(0), dim=-1) for c in examples.classes]
+        for part in batches(len(examples.extra), NAMES):  # there may be thousands
+            said = [f.format(_spoken(c)) for c in examples.extra[part] for f in forms]
+            rows += F.normalize(self.texts(said).unflatten(0, (-1, len(forms))).mean(1), dim=-1)
         return torch.stack(rows)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import config, registry
+from ..banks import banked
 from ..base import Data, Kind, Probe, Task
 from ..errors import UsageError, unknown
-from ..names import banked
 
 FAMILIES = ("canvas", "clip", "objects")
 """modules with a ``task`` for each of their ``names``, called family/name"""

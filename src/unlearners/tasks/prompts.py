@@ -5,6 +5,7 @@ commas between, may stand ``count=100`` (the first rows only), ``pictures=FOLDER
 
     i2p                     unlearndiffatk/church@church.csv            coco@coco_10k.csv,pictures=coco/val2014
     i2p@i2p.csv,count=100   unlearndiffatk/vangogh@vangogh.csv,judge=style:model=path/to/vit,top=3
+                            unlearndiffatk/tench@tench.csv,judge=style:model=microsoft/resnet-50 (its own judge of objects)
 
 Columns are those the sets are published with: the prompt; ``evaluation_seed``, ``sd_seed`` or ``seed``; ``evaluation_guidance``,
 ``sd_guidance_scale``, ``guidance_scale`` or ``guidance``, where there is one. What is drawn for a row depends on that row alone. A prompt
