@@ -32,7 +32,7 @@ from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import load
 
 S, GUIDANCE, ETA = 50, 3.0, 1.0  # of the 2023 code
-FAST = ESD(**ESD.presets["fast"])
+FAST = ESD(**ESD.presets["fast"], params="xattn")  # of a style
 
 
 # --- the official order -------------------------------------------------------------------------------------------

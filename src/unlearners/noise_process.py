@@ -49,6 +49,10 @@ class NoiseProcess(ABC):
     def draw(self, n: int, generator: torch.Generator | None = None, device: Any = None) -> Tensor:
         """Times (n,) as training draws them, from ``generator`` or the global one."""
 
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What the trajectories of this process hang on, as JSON, for the keys of caches."""
+
     def noised(self, x_0: Tensor, noise: Tensor, t: Any) -> Tensor:
         """x_t = a(t) x_0 + s(t) noise."""
         a, s = self.scale(t, x_0)
@@ -118,6 +122,10 @@ class VariancePreserving(NoiseProcess):
         if key not in self.held:
             self.held[key] = self.alphas.to(*key)
         return self.held[key]
+
+    def about(self) -> dict[str, Any]:
+        settings = {name: getattr(self, name) for name in ("prediction", "offset", "spacing", "clip")}
+        return {"kind": type(self).__name__, **settings, "alphas": [f"{x:.6e}" for x in self.alphas.tolist()]}
 
     def goal(self, x_0: Tensor, noise: Tensor, t: Any) -> Tensor:
         if self.prediction == "epsilon":

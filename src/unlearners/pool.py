@@ -126,7 +126,7 @@ def _key(target: Any, concepts: Sequence[str], others: Sequence[str], recipe: Re
         "prompts": everything,
         "ids": target.tokens(everything).tolist(),
         "recipe": asdict(recipe),
-        "scheduler": {k: str(v) for k, v in target.scheduler.config.items()},
+        "process": target.process.about(),
         "seed": torch.initial_seed(),
         "shape": list(target.latent_shape),
     }

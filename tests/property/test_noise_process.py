@@ -270,3 +270,10 @@ def test_what_is_subtracted_on_sdxl_is_what_guidance_subtracts() -> None:
     canvas_like = StableDiffusion.tiny()
     assert torch.equal(canvas_like.null().states, canvas_like.encode([""]).states)
     assert canvas.FOLDER.is_dir()
+
+
+def test_a_pool_is_found_again_under_another_sampler_of_the_same_schedule() -> None:
+    one, other, third = tiny("DDIMScheduler"), tiny("EulerDiscreteScheduler"), tiny("DDIMScheduler", "v_prediction")
+    recipe = pool.Recipe(steps=4, guidance=1.0, trajectories=2)
+    keys = [pool._key(t, ["cup"], [], recipe) for t in (one, other, third)]
+    assert keys[0] == keys[1] != keys[2]
