@@ -19,15 +19,19 @@ from safetensors.torch import load_file
 from unlearners import files, patch, run, session, targets
 from unlearners.base import Method, Row, Target, Task
 from unlearners.errors import NonFiniteError, RefusedError, UnlearnError, UsageError
+from unlearners.methods.erasediff import EraseDiff
 from unlearners.methods.esd import ESD
 from unlearners.methods.original import Original
+from unlearners.methods.scissorhands import Scissorhands
 from unlearners.methods.uce import UCE
 from unlearners.run import erase, read_run
 
 TASK = Task(name="zq", kind="style", concepts=("zq",), prompts=("zq", "a zq sky"))
 FRESH = ESD(steps=6, lr=1e-3, sampler_steps=3)
 POOLED = ESD(steps=6, lr=1e-3, sampler_steps=3, x_from="frozen", pool=2, refresh=4, batch=2)
-METHODS = {"fresh": FRESH, "pooled": POOLED}
+INNER = EraseDiff(epochs=2, steps=2, inner=1, lr=1e-3, batch=2, pictures=2, restore=False)  # two epochs of three steps
+TRIMMED = Scissorhands(epochs=2, steps=3, lr=1e-3, batch=2, pictures=4, prune_num=1, project=True, memory_num=2)
+METHODS = {"fresh": FRESH, "pooled": POOLED, "inner": INNER, "trimmed": TRIMMED}
 KILLS = (("fresh", "checkpoint"), ("pooled", "checkpoint"), ("fresh", "half_checkpoint"), ("fresh", "half_weights"), ("fresh", "half_line"))
 
 

@@ -30,10 +30,9 @@ class SPM(Method):
     Logged: ``loss`` is L, ``erase`` is L_era, ``anchoring`` is L_anc before its weight.
 
     Deviations from the authors' code:
-    1. No gate. Theirs multiplies each adapter at inference by gamma, the larger of two similarities of prompt and concept (CLIP text
-       embedding, shared tokens), which needs their sampler. Merged weights are the adapter at gamma = 1 for every prompt: prompts of
-       other concepts, which the gate keeps at almost the original picture, are held by anchoring alone, and stacked concepts add up
-       in full. Expect IRA and CRA below the paper's; UA is that of a prompt which names the concept.
+    1. The adapters are merged, at gamma = 1 for every prompt. Theirs multiplies them at inference by gamma, a similarity of prompt and
+       concept: that gate is the method ``spm_gate``, which takes the run folder of this one. Without it prompts of other concepts are
+       held by anchoring alone, and stacked concepts add up in full. UA is in both cases that of a prompt which names the concept.
     2. AdamW holds float32 moments; theirs 8-bit ones.
     3. The network is told the time of x_t; theirs tells it one that is a sampler's step (33 of 1000) noisier, less one.
     4. Pictures are sampled at the model's own size; theirs draws a size between half and all of it. No guidance rescaling on SDXL.
@@ -92,7 +91,7 @@ class SPM(Method):
         from diffusers.optimization import get_cosine_with_hard_restarts_schedule_with_warmup as restarts
 
         with torch.no_grad():
-            c, null = target.encode(list(task.said)), target.encode([""])
+            c, null = target.encode(list(task.said)), target.null()
             n = target.encode(lora.neutrals(task, self.neutral))
         pool = TrajectoryPool()
         how: dict[str, Any] = {
