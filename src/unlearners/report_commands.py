@@ -7,12 +7,14 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from . import config, tasks
+from . import config
 from .flags import Plain, Record
 
 
 def commands(record: Record) -> list[str]:
     """The commands that make this folder again: erase, attack, evaluate, report."""
+    from . import tasks  # which needs torch, as reading this module should not
+
     run, task = record.run["run"], record.task
     words = ["unlearn", "erase", record.method["name"], run["target"]]
     data = task.get("forget") or {}

@@ -64,7 +64,7 @@ def _train(out: Path, asked: dict[str, Any], source: Data, method: Retrain, devi
     architecture, seed, record = asked["architecture"], asked["seed"], out / "train.json"
     row = {"asked": asked, "status": "running", "env": environment(device)}
     write_json(record, row)
-    own = {k: asked[k] for k in ("side", "mean", "std") if k in asked}
+    own: dict[str, Any] = {k: asked[k] for k in ("side", "mean", "std") if k in asked}
     told = replace(source, augment=method.augment) if method.augment else source
     family = DDPM if architecture.partition(":")[0] == DDPM_CIFAR else Classifier
     opened = data.open_data(told, int(own.get("side") or nets.defaults(architecture)["side"]), device, family.augmentation)

@@ -370,7 +370,7 @@ def test_the_command_line_asks_for_it(tmp_path: Path, capsys: pytest.CaptureFixt
         cli.main(["erase", "ga", "tiny-classifier", "cifar10/random10", "--split-seed", "run", "--seed", "4", "--dry-run", "--json"]) == 0
     )
     assert json.loads(capsys.readouterr().out)["run"]["task"]["forget"]["draw"] == 4
-    assert cli.main(["erase", "uce", "canvas", "canvas/neon", "--split-seed", "1", "--dry-run"]) == 2
+    assert cli.main(["erase", "esd", "canvas", "canvas/neon", "--split-seed", "1", "--dry-run"]) == 2
     assert "--split-seed is of pictures" in capsys.readouterr().err
     assert cli.main(["erase", "ga", "tiny-classifier", "cifar10/random10", "--validation", "0.2", "--dry-run"]) == 2
     assert "--validation is of --data" in capsys.readouterr().err
@@ -425,5 +425,5 @@ def test_a_grid_trains_a_recipe_by_name(tmp_path: Path) -> None:
 
 
 def test_words_are_tried_on_a_model_of_words_though_the_task_has_pictures(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["erase", "uce", "canvas", "imagenette/tench", "--dry-run", "--json"]) == 0
+    assert cli.main(["erase", "leco", "canvas", "imagenette/tench", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"]["task"]["concepts"] == ["tench"]

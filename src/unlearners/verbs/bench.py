@@ -45,10 +45,10 @@ class Bench(Verb):
 
         if self.dry_run:
             todo = cells(read(self.grid))
-            for task, cell in {cell.label or cell.name: (task, cell) for task, _, cell, _, _ in todo}.values():
+            for task, cell in {p.cell.label or p.cell.name: (p.task, p.cell) for p in todo}.values():
                 with rehearsal(start("methods", cell.name, cell.preset, cell.fields), tasks.load(task)):
                     pass
-            return {"dry_run": True, "cells": [{"task": task, "method": label, "seed": seed} for task, label, _, _, seed in todo]}
+            return {"dry_run": True, "cells": [{"task": p.task, "method": p.label, "seed": p.seed} for p in todo]}
         device = device_of(self.device) if self.device else ""
         where = {"runs": self.runs or "", "results": self.results or "", "device": device}
         how: Result = {"select": self.select, "check": self.check, "executor": self.executor, "jobs": self.jobs, "gpus": self.gpus}

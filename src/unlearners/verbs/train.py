@@ -86,7 +86,7 @@ class Train(Verb):
                 f"'{self.architecture}' is no recipe ('unlearn list recipes'), and an architecture needs data; "
                 f"give them, for example 'unlearn train {self.architecture} path/to/images'"
             )
-        given = {"subset": self.subset, "validation": self.validation, "seed": self.split_seed}
+        given: dict[str, Any] = {"subset": self.subset, "validation": self.validation, "seed": self.split_seed}
         data = dataclasses.replace(made.data, **{k: v for k, v in given.items() if v is not None})
         own = {**({"epochs": self.epochs} if self.epochs else {}), **({"augment": self.augment} if self.augment else {})}
         if self.preset and self.preset != made.preset:  # the recipe's fields belong to its own preset
