@@ -23,9 +23,9 @@ GUIDES = 8
 """neighbours whose mean takes the place of the concept"""
 RIDGE = 0.01
 """lambda, in units of the mean eigenvalue of what is preserved, where both sides of a closed form are means"""
-MOVED, ERASED = 0.1, 0.05
+MOVED, ERASED = 0.11, 0.05
 """a closed form erases as strongly as lets what is preserved move by the first, and not beyond what leaves the second of the concept"""
-NAMED: Mapping[str, Any] = {"erase_scale": 1.0, "preserve": (), "guide": (), "away": 0.0}
+NAMED: Mapping[str, Any] = {"erase_scale": 1.0, "preserved": (), "guide": (), "away": 0.0}
 """settings of a closed form beside neighbours that somebody named"""
 
 
@@ -53,6 +53,7 @@ KINDS: dict[str, Around] = {
         ("{c}", "{c} style", "an image in {c} style"),
         ("a {o} in {c} style", "a {c} picture of a {o}", "{o}, {c}"),
         THING,
+        0.5,
     ),
     "object": Around(
         "everyday",
@@ -60,9 +61,15 @@ KINDS: dict[str, Around] = {
         ("{c}", "a {c}", "an image of a {c}"),
         ("a {c} in {o} style", "a {o} picture of a {c}", "{c}, {o}"),
         ("{o}", "{o} style", "an image in {o} style"),
+        0.5,
     ),
     "identity": Around(
-        "people", "everyday", ("{c}", "a picture of {c}", "a portrait of {c}"), ("{c} with a {o}", "{c} and a {o}", "a {o} and {c}"), THING
+        "people",
+        "everyday",
+        ("{c}", "a picture of {c}", "a portrait of {c}"),
+        ("{c} with a {o}", "{c} and a {o}", "a {o} and {c}"),
+        THING,
+        0.5,
     ),
     "nsfw": Around("people", "scenes", ("{c}", "a photo of {c}"), ("{c}, {o}", "{o}, {c}", "{o} with {c}"), ("{o}", "a photo of {o}")),
 }
@@ -131,7 +138,7 @@ class Editor(Protocol):
     preserve_scale: float
     lamb: float
     templates: tuple[str, ...]
-    preserve: tuple[str, ...] | Auto
+    preserved: tuple[str, ...] | Auto
     guide: tuple[str, ...] | Auto
     away: float | Auto
 
@@ -148,10 +155,10 @@ def closed(part: Editor, target: Any, task: Task) -> dict[str, Any]:
     and the scales go by the edit's own residuals: the concept is weighed as heavily as lets ``moved`` reach ``MOVED``.
     """
     auto = [name for name in NAMED if getattr(part, name) == "auto"]
-    if not auto or named(task, "preserve") or part.preserve != "auto":
+    if not auto or named(task, "preserve") or part.preserved != "auto":
         return {name: NAMED[name] for name in auto}
     around = choose(target, task)
-    found: dict[str, Any] = {"preserve": ("", *around.preserve), "templates": part.templates or around.templates}
+    found: dict[str, Any] = {"preserved": ("", *around.preserve), "templates": part.templates or around.templates}
     if part.guide == "auto":
         found["guide"] = () if named(task, "anchors") else around.guide
     if part.away == "auto":
@@ -185,9 +192,9 @@ def scales(part: Any, target: Any, task: Task) -> dict[str, float]:
 @torch.no_grad()
 def vectors(part: Any, target: Any, task: Task) -> tuple[Tensor, Tensor, Tensor, float]:
     """c (n, d), g (n, d), p (m, d) and beta of an editor whose fields are settled. p may stand for more vectors with the same p p'."""
-    if part.preserve or part.guide:
+    if part.preserved or part.guide:
         c, g, p, _ = _vectors(part, target, task)
-        return c, g, p, part.preserve_scale or max(0.1, 1 / len(part.preserve or task.preserve or "."))
+        return c, g, p, part.preserve_scale or max(0.1, 1 / len(part.preserved or task.preserve or "."))
     pairs, keep = closed_form.phrases(task, part.templates)
     c, g = closed_form.aligned(target, pairs, part.tokens)
     g = g - part.away * (c - g) if part.away else g
@@ -198,5 +205,5 @@ def _vectors(part: Any, target: Any, task: Task) -> tuple[Tensor, Tensor, Tensor
     """c (n, d), g (n, d), p (at most d, d), and how many vectors p stands for."""
     says = part.templates or closed_form.TEMPLATES[task.kind]
     c, g = closed_form.toward(target, task, says, part.guide, part.tokens)
-    p, n = closed_form.gathered(target, part.preserve or closed_form.phrases(task, says)[1], part.tokens)
+    p, n = closed_form.gathered(target, part.preserved or closed_form.phrases(task, says)[1], part.tokens)
     return c, g - part.away * (c - g), p, n

@@ -83,7 +83,7 @@ class RECE(Method):
     """share of the step from W_0 to W that is taken; 0 changes nothing"""
     templates: tuple[str, ...] = ()
     """phrases with {} for the concept; empty chooses them by the kind of concept"""
-    preserve: tuple[str, ...] | Auto = later("auto")
+    preserved: tuple[str, ...] | Auto = later("auto")
     """whole prompts to preserve; auto chooses them where the task names no neighbours; empty: the task's neighbours in the templates"""
     guide: tuple[str, ...] | Auto = later("auto")
     """words of the concept's kind whose mean is the guide; auto chooses them where the task names none; empty: the task's anchor"""
@@ -92,7 +92,7 @@ class RECE(Method):
 
     def resolve(self, target: TextToImage, task: Task) -> Self:
         derive, rounds = RECIPES.get(task.kind, ("auto", "auto"))
-        own = {
+        own: dict[str, Any] = {
             "derive": self.derive if self.derive not in ("auto", 0) else derive,
             "rounds": rounds if self.rounds in ("auto", -1) else self.rounds,
         }
@@ -117,7 +117,7 @@ class RECE(Method):
 
         alpha = float(self.erase_scale)
         T, B = closed_form.solve(c, g, p, alpha=alpha, beta=beta, lamb=self.lamb)  # UCE
-        rows, hold = [self.row(K, T, B, c, g, p)], beta if self.preserve else self.round_preserve
+        rows, hold = [self.row(K, T, B, c, g, p)], beta if self.preserved else self.round_preserve
         for _ in range(rounds):
             c_new = revive(K, T, c_0, lamb)  # c'
             far = closed_form.length(K, c_new @ T.T - c_0) / (closed_form.length(K, c_0 - g_0) or 1.0)

@@ -63,7 +63,7 @@ class UCE(Method):
     """share of the step from W_old to W that is taken; 0 changes nothing"""
     templates: tuple[str, ...] = ()
     """phrases with {} for the concept; empty chooses them by the kind of concept"""
-    preserve: tuple[str, ...] | Auto = later("auto")
+    preserved: tuple[str, ...] | Auto = later("auto")
     """whole prompts to preserve; auto chooses them where the task names no neighbours; empty: the task's neighbours in the templates"""
     guide: tuple[str, ...] | Auto = later("auto")
     """words of the concept's kind whose mean is the guide; auto chooses them where the task names none; empty: the task's anchor"""
