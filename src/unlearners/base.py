@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, final
 
@@ -20,6 +19,7 @@ from . import config
 from . import patch as patching
 from .diffusion import Guide, batches
 from .errors import NonFiniteError, UsageError, misfit
+from .finite import of_finite
 from .sandbox import roomy, sandbox
 
 Row = dict[str, float]
@@ -381,7 +381,7 @@ def settle(part: Part, target: Any, task: Task) -> Part:
 def chosen(part: Method | Attack, settled: Method | Attack) -> dict[str, Any]:
     """The fields that ``settle`` decided, as JSON: {field: value}."""
     before, after = config.to_dict(part), config.to_dict(settled)
-    return {name: after[name] for name in after if after[name] != before[name]}
+    return {name: after[name] for name in after if after[name] != before.get(name)}  # a "later" field is left out at its default
 
 
 def kebab(part: Any) -> str:
@@ -390,16 +390,6 @@ def kebab(part: Any) -> str:
 
 
 # --- judges -------------------------------------------------------------------------------------------------------
-def finite(images: Tensor) -> None:
-    """Refuse pictures (B, 3, H, W) with values that are not finite: nothing can be recognised in them, which is not forgetting."""
-    bad = int((~images.isfinite()).flatten(1).any(1).sum()) if images.numel() else 0
-    if bad:
-        raise NonFiniteError(
-            f"{bad} of {len(images)} pictures hold values that are not finite, so they can be neither judged nor measured; "
-            "draw them in float32 or bfloat16"
-        )
-
-
 class Judge(ABC):
     """Reads pictures: images (B, 3, H, W) in [0, 1] to one label each, in one domain.
 
@@ -414,7 +404,7 @@ class Judge(ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for verb in {"labels", "shows"} & set(vars(cls)):
-            setattr(cls, verb, _of_finite(vars(cls)[verb]))
+            setattr(cls, verb, of_finite(vars(cls)[verb]))
 
     @abstractmethod
     def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
@@ -428,17 +418,6 @@ class Judge(ABC):
         """What a record says of this judge: its name and fields, to which one adds what else its answers hang on, such as versions."""
         said = {"name": kebab(self), **config.to_dict(self)}
         return said | ({"version": self.version} if self.version > 1 else {})
-
-
-def _of_finite(read: Callable[..., Any]) -> Callable[..., Any]:
-    """``read``, a judge's verb, that looks at its pictures first."""
-
-    @wraps(read)
-    def reads(self: Judge, images: Tensor, *args: Any, **named: Any) -> Any:
-        finite(images)
-        return read(self, images, *args, **named)
-
-    return reads
 
 
 # --- attacks ------------------------------------------------------------------------------------------------------

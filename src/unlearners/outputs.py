@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import config
-from .base import Data, Judge, Request, Task, Verdict, finite
+from .base import Data, Judge, Request, Task, Verdict
 from .diffusion import batches
 from .errors import UsageError
 from .files import replacing, turn, write_json, write_text
+from .finite import finite
 from .session import Progress
 from .targets._questions import Reply, put, read
 from .targets.base import Chat, DualEncoder

@@ -16,10 +16,11 @@ FOLDERS = ("methods", "attacks", "metrics", "judges", "exports")
 # Each layer may use the ones before it and, unless it is in SIBLINGS, its own.
 LAYERS = (
     {"errors"},
-    {"registry", "config", "patch", "diffusion", "meter", "noise_process", "sandbox", "schedulers"},
+    {"registry", "config", "patch", "diffusion", "finite", "meter", "noise_process", "sandbox", "schedulers"},
     {"base"},
     {
         "attention",
+        "banks",
         "clip_maps",
         "closed_form",
         "data",

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..base import finite
 from ..errors import UnlearnError
 from ..files import quiet
+from ..finite import finite
 from ..zoo import canvas
 
 

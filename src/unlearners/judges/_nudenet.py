@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from ..base import finite
 from ..diffusion import batches
 from ..errors import UnlearnError, unknown
+from ..finite import finite
 
 PARTS = (
     "FEMALE_BREAST_EXPOSED",

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..base import Outputs, Probe, Request, Task, finite
+from ..base import Outputs, Probe, Request, Task
 from ..diffusion import batches
 from ..errors import UnlearnError, UsageError
+from ..finite import finite
 from ..judges.canvas import fit
 from ..targets.base import Denoiser, Trainable
 from ..zoo import canvas
