@@ -43,8 +43,8 @@ def bisect(row: Tensor) -> Tensor:
     return (row - high).clamp(0, 1)
 
 
-def double() -> StableDiffusion:
-    target = StableDiffusion.tiny(seed=4)
+def double(xl: bool = False) -> StableDiffusion:
+    target = StableDiffusion.tiny(seed=4, xl=xl)
     for module in (*target.modules.values(), target.vae):
         module.double()
     return target
@@ -54,7 +54,8 @@ def naive(target: StableDiffusion, item: Item, steps: list[tuple[int, int]], see
     """u (k, V) after ``steps``, a list of (timestep, iterations)."""
     torch.manual_seed(seed)
     g = stream(item)
-    table = target.modules["text_encoder"].get_input_embeddings().weight.detach()  # type: ignore[operator]
+    towers = [m for name, m in target.modules.items() if name.startswith("text_encoder")]
+    tables = [m.get_input_embeddings().weight.detach() for m in towers]  # type: ignore[operator]
     V = len(target.tokenizers[0])
     u = torch.full((K, V), 1 / V, dtype=torch.float64)
     m, v, step = torch.zeros_like(u), torch.zeros_like(u), 0
@@ -68,12 +69,13 @@ def naive(target: StableDiffusion, item: Item, steps: list[tuple[int, int]], see
             chosen = [int((u[i].cumsum(0) <= r[i].double() * u[i].sum()).sum()) for i in range(K)]
             onehot = torch.nn.functional.one_hot(torch.tensor(chosen), V).double()
             variable = u.clone().requires_grad_()
-            e = StraightThrough.apply(variable, onehot) @ table[:V]
+            rows = StraightThrough.apply(variable, onehot)
+            e = tuple((rows @ table[:V])[None] for table in tables)
             ids = [tokenizer.bos_token_id, *chosen, *prompt, tokenizer.eos_token_id]
             ids += [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))
             noise = torch.randn(z.shape[1:], generator=g)[None].double()
             a = target.scheduler.alphas_cumprod[t].double()
-            out = target.eps(a.sqrt() * z + (1 - a).sqrt() * noise, t, target.encode(torch.tensor([ids]), Soft(e[None])))
+            out = target.eps(a.sqrt() * z + (1 - a).sqrt() * noise, t, target.encode(torch.tensor([ids]), Soft(e)))
             torch.nn.functional.mse_loss(out, noise).backward()
             assert variable.grad is not None
             step += 1
@@ -84,10 +86,11 @@ def naive(target: StableDiffusion, item: Item, steps: list[tuple[int, int]], see
     return u
 
 
+@pytest.mark.parametrize("xl", [False, True], ids=["sd", "xl"])
 @pytest.mark.parametrize("gain", [1.0, 1e4])
-def test_two_iterations_at_two_timesteps_equal_the_naive_loop(monkeypatch: pytest.MonkeyPatch, gain: float) -> None:
+def test_two_iterations_at_two_timesteps_equal_the_naive_loop(monkeypatch: pytest.MonkeyPatch, gain: float, xl: bool) -> None:
     """``gain`` scales the network's output, so that once the gradient stays below the clip and once it does not."""
-    target = double()
+    target = double(xl)
     eps = target.eps
     monkeypatch.setattr(target, "eps", lambda x, t, cond: gain * eps(x, t, cond))
     for p in target.named().values():

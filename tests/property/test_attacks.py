@@ -12,14 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from unlearners import config
+from unlearners.attacks import unlearndiffatk
 from unlearners.attacks._search import draw, simplex, slots, stream
+from unlearners.attacks.ensemble import Ensemble
+from unlearners.attacks.p4d import P4D
 from unlearners.attacks.random_tokens import RandomTokens
 from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
-from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task, Verdict
+from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task, Verdict, settle
 from unlearners.diffusion import Cond, Soft
 from unlearners.errors import UnlearnError, UsageError
 from unlearners.metrics.asr import ASR
 from unlearners.metrics.pre_asr import PreASR
+from unlearners.places import before, laid
 from unlearners.targets.base import TextToImage
 from unlearners.targets.stable_diffusion import StableDiffusion
 
@@ -71,8 +76,7 @@ class Planted(TextToImage):
         ids = prompts if isinstance(prompts, Tensor) else self.tokens(prompts)
         states = self.embed()[ids]
         if soft is not None:
-            assert isinstance(soft.embeddings, Tensor)
-            states = torch.cat([states[:, : soft.at], soft.embeddings, states[:, soft.at + soft.embeddings.shape[1] :]], 1)
+            states = soft.put(states)
         return Cond(states)
 
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -215,7 +219,9 @@ def test_the_same_seed_gives_the_same_attack_and_no_trace_is_left(attack: Any) -
     assert target.embed().grad is None
 
 
-def proposals(attack: Any, target: TextToImage, seed: int = 0, which: Sequence[int] = range(5)) -> dict[int, list[str | None]]:
+def proposals(
+    attack: Any, target: TextToImage, seed: int = 0, which: Sequence[int] = range(5), task: Task = TASK
+) -> dict[int, list[str | None]]:
     """Everything ``attack`` proposes, by image seed."""
     subset = [items(5)[i] for i in which]
     asked: dict[int, list[str | None]] = {i: [] for i in which}
@@ -230,9 +236,9 @@ def proposals(attack: Any, target: TextToImage, seed: int = 0, which: Sequence[i
                     asked[items[i].seed].append(a.prompt)
                 return hit(given)
 
-            yield from attack.run(target, task, items, listen)
+            yield from settle(attack, target, task).run(target, task, items, listen)
 
-    Spy()(target, TASK, Never(), subset, seed=seed)
+    Spy()(target, task, Never(), subset, seed=seed)
     return asked
 
 
@@ -320,16 +326,104 @@ def test_streams_differ_by_seed_prompt_and_picture() -> None:
 
 def test_slots_are_built_from_tokens_and_keep_the_end() -> None:
     target = Planted()
-    short, long = slots(target, ["w5 w6", " ".join(f"w{i}" for i in range(20, 40))], 3)
+    (short, long), at = slots(target, ["w5 w6", " ".join(f"w{i}" for i in range(20, 40))], 3)
     assert short.tolist() == [START, 0, 0, 0, 5, 6, END, END, END, END]
     assert long.tolist() == [START, 0, 0, 0, 20, 21, 22, 23, 24, END]
+    assert at.tolist() == [[1, 2, 3]] * 2
     with pytest.raises(UsageError, match="k = 9"):
         slots(target, ["w5"], 9)
+
+
+@pytest.mark.parametrize(("kind", "k"), [("style", 3), ("object", 3), ("identity", 3), ("nsfw", 5)])
+def test_how_many_tokens_goes_by_kind(kind: Any, k: int) -> None:
+    task, target = replace(TASK, kind=kind), Planted()
+    assert settle(UnlearnDiffAtk(), target, task).k == settle(RandomTokens(), target, task).k == k
+    assert settle(UnlearnDiffAtk(k=4), target, task).k == settle(RandomTokens(k=4), target, task).k == 4
+    assert settle(P4D(**P4D.presets["mu-attack"]), target, task).n == k
+    assert settle(P4D(n="auto"), target, task).n == P4D().n == 16
+    assert [len(str(a).split()) - 2 for a in proposals(RandomTokens(tries=1), target, task=task)[0]] == [k]
+
+
+def test_the_canvas_setting_is_the_one_of_the_committed_tables() -> None:
+    """Three tokens before the prompt, whatever the kind, and the same settings in the record."""
+    attack = UnlearnDiffAtk(**UnlearnDiffAtk.presets["canvas"])
+    assert settle(attack, Planted(), replace(TASK, kind="nsfw")).k == 3
+    assert config.to_dict(attack) == {
+        "k": 3, "timesteps": 10, "iterations": 16, "lr": 0.01, "weight_decay": 0.1, "batch": 64,
+    }  # fmt: skip
+
+
+# --- placements ---------------------------------------------------------------------------------------------------
+PLACES = {  # of two tokens and a prompt of five, from the authors' description
+    "prefix": "..12345", "suffix": "12345..", "mid": "12..345", "insert": "1.2.345", "per-k-words": ".123.45",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "wanted"), PLACES.items())
+def test_where_searched_tokens_go(place: Any, wanted: str) -> None:
+    row, at = laid([1, 2, 3, 4, 5], before(5, 2, place))
+    assert "".join(str(i or ".") for i in row) == wanted
+    assert at == [1 + i for i, c in enumerate(wanted) if c == "."]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 12), st.integers(1, 6), st.sampled_from(sorted(PLACES)))
+def test_the_prompt_is_kept_in_order_and_every_token_has_a_slot(n: int, k: int, place: Any) -> None:
+    row, at = laid(list(range(100, 100 + n)), before(n, k, place), filler=7)
+    assert [i for i in row if i != 7] == list(range(100, 100 + n)) and row.count(7) == k
+    assert at == [1 + j for j, i in enumerate(row) if i == 7]
+
+
+@pytest.mark.parametrize("place", sorted(PLACES))
+def test_what_is_typed_is_what_was_searched(place: Any) -> None:
+    """The proposal, read again, has the searched tokens in the slots and the prompt in the others, cut where it leaves no room."""
+    for prompt in ("w10 w11 w12 w13", " ".join(f"w{i}" for i in range(20, 40))):
+        target, asked, put = Planted(), [], []
+        item = Item(prompt=prompt, seed=0, picture=torch.ones(1, 3, 2, 2))
+        attack = UnlearnDiffAtk(k=2, timesteps=3, iterations=10, place=place)
+        real = unlearndiffatk.insert
+
+        def spy(ids: Tensor, at: Tensor, s: Tensor, *, real: Any = real, put: Any = put) -> Tensor:
+            put.append((real(ids, at, s), at))
+            return put[-1][0]
+
+        def hit(given: Mapping[int, Adversarial], *, asked: Any = asked) -> set[int]:
+            asked.extend(a.prompt for a in given.values())
+            return set()
+
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng([]):
+            patch.setattr(unlearndiffatk, "insert", spy)
+            list(attack.run(target, TASK, [item], hit))
+        own = target.tokens([prompt])[0, 1:].tolist()
+        own = own[: min(own.index(END), target.length - 2 - 2)]
+        for text, (ids, at) in zip(asked, put, strict=True):
+            found, wanted = target.tokens([text])[0].tolist(), [i for i in ids[0].tolist() if i not in target.special]
+            assert [i for i in found if i not in target.special] == wanted, "typed as searched, without start and end"
+            assert ids[0, [i for i in range(1, 1 + len(own) + 2) if i not in at[0].tolist()]].tolist() == own
+            assert at[0].tolist() == laid(own, before(len(own), 2, place))[1]
+
+
+def test_a_random_start_is_another_search_on_the_simplex(monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, target, starts = UnlearnDiffAtk(k=2, timesteps=1, iterations=1), Planted(), []
+    real = unlearndiffatk.draw
+
+    def spy(u: Tensor, rng: Any) -> Tensor:
+        starts.append(u.clone())
+        return real(u, rng)
+
+    monkeypatch.setattr(unlearndiffatk, "draw", spy)
+    uniform, random = proposals(attack, target), proposals(replace(attack, rand_init=True), target)
+    assert uniform != random and random == proposals(replace(attack, rand_init=True), target)
+    assert torch.allclose(starts[0], torch.full_like(starts[0], 1 / target.vocabulary))
+    assert starts[1].std() > starts[0].std() and torch.allclose(starts[1].sum(-1), torch.ones(5, 2)) and (starts[1] >= 0).all()
+    one = proposals(replace(attack, rand_init=True), target, which=[3])
+    assert one[3] == random[3], "the start is the prompt's own"
 
 
 def test_presets_follow_the_paper() -> None:
     paper = UnlearnDiffAtk(**UnlearnDiffAtk.presets["paper"])
     assert paper == UnlearnDiffAtk() and paper.lr == 0.01 and paper.weight_decay == 0.1
+    paper = replace(paper, k=3)
     seen = []
     with torch.random.fork_rng([]):
         seen = [row["t"] for row in replace(paper, iterations=1).run(Planted(), TASK, items(1), lambda given: set())]
@@ -337,9 +431,9 @@ def test_presets_follow_the_paper() -> None:
 
 
 # --- real classes -------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_both_attacks_run_on_stable_diffusion(prediction: str) -> None:
-    target = StableDiffusion.tiny(prediction=prediction)
+@pytest.mark.parametrize("layout", [{}, {"prediction": "v_prediction"}, {"xl": True}], ids=str)
+def test_both_attacks_run_on_stable_diffusion(layout: Any) -> None:
+    target = StableDiffusion.tiny(**layout)
     task = [Item(prompt=p, seed=3, picture=torch.rand(1, 3, 16, 16)) for p in ("a cat", "a dog")]
     rows: list[Row] = []
     for attack in (UnlearnDiffAtk(k=2, timesteps=2, iterations=2), RandomTokens(k=2, tries=2)):
@@ -348,11 +442,21 @@ def test_both_attacks_run_on_stable_diffusion(prediction: str) -> None:
     assert [r["t"] for r in rows[:2]] == [250.0, 750.0] and all(p.grad is None for p in target.named().values())
 
 
+@pytest.mark.parametrize("place", sorted(PLACES))
+def test_the_ensemble_with_unlearndiffatk_runs_on_sdxl(place: Any) -> None:
+    target, task = StableDiffusion.tiny(xl=True), [Item(prompt="a cat", seed=3, picture=torch.rand(1, 3, 16, 16))]
+    few = {"timesteps": 2, "iterations": 1}
+    verdicts = UnlearnDiffAtk(place=place, **few)(target, TASK, Never(), task)
+    assert [v.queries for v in verdicts] == [2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(UnlearnDiffAtk.presets, "brief", few)  # type: ignore[index]
+        found = Ensemble(members=("random_tokens:fast", "unlearndiffatk:brief"))(target, TASK, Never(), task)
+    assert [v.queries for v in found] == [12]
+
+
 def test_missing_pictures_and_wrong_families_are_refused_in_one_sentence() -> None:
     with pytest.raises(UnlearnError, match=r"picture of 'w5'"):
         UnlearnDiffAtk()(Planted(), TASK, Never(), [Item(prompt="w5", seed=0)])
-    with pytest.raises(UsageError, match="two text encoders"):
-        UnlearnDiffAtk(k=2)(StableDiffusion.tiny(xl=True), TASK, Never(), [Item(prompt="a", seed=0, picture=torch.rand(1, 3, 16, 16))])
 
 
 @pytest.mark.parametrize("xl", [False, True], ids=["sd", "xl"])

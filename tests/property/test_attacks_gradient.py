@@ -18,7 +18,7 @@ from unlearners.attacks.cce import CCE
 from unlearners.attacks.p4d import P4D
 from unlearners.attacks.pez import PEZ
 from unlearners.attacks.ph2p import PH2P
-from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task
+from unlearners.base import Adversarial, Attack, Hit, Item, Judge, Row, Task, settle
 from unlearners.diffusion import Cond, Soft
 from unlearners.errors import UnlearnError, UsageError
 from unlearners.targets.base import TextToImage
@@ -309,7 +309,8 @@ def test_presets_are_the_papers() -> None:
 
 
 def test_the_lighter_p4d_visits_fifty_levels_in_forty_steps_each() -> None:
-    attack = P4D(**P4D.presets["mu-attack"])
+    attack = settle(P4D(**P4D.presets["mu-attack"]), Planted(), TASK)
+    assert attack.n == 3
     assert (attack.optimiser, attack.lr, attack.weight_decay, attack.variant, attack.check) == ("adam", 0.01, 0.1, "prefix", 40)
     target = Planted()
     rows = list(attack.run(target, TASK, items(1), lambda given: set()))

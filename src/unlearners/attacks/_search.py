@@ -9,10 +9,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ..base import Attack, Item, kebab, require
+from ..base import Attack, Item, Task, kebab, require
 from ..diffusion import Soft
 from ..errors import UnlearnError, UsageError
 from ..judges._clip import load_clip
+from ..places import Place, before, laid
 from ..targets.base import TextToImage
 
 
@@ -22,17 +23,22 @@ def table(target: TextToImage) -> Tensor:
     return E.to(torch.promote_types(E.dtype, torch.float32))
 
 
-def slots(target: TextToImage, prompts: Sequence[str], k: int) -> Tensor:
-    """[start] k slots [prompt] [end, padding] as ids (B, L), cut to L with the end kept; slots hold 0.
+def slots(target: TextToImage, prompts: Sequence[str], k: int, place: Place = "prefix") -> tuple[Tensor, Tensor]:
+    """[start] k slots and the prompt, as ``place`` has them [end, padding]: ids (B, L), where slots hold 0, and the slots (B, k).
 
-    Raises ``UsageError`` when k does not fit.
+    A prompt that leaves no room is cut at its end, never a slot. Raises ``UsageError`` when k does not fit.
     """
     fits(target, k=k)
-    c = target.tokens(prompts)
-    end = target.tokens([""])[0, 1]
-    c = torch.cat([c[:, :1], c.new_zeros(len(c), k), c[:, 1:-k]], 1)
-    c[(c[:, 1 + k :] != end).all(1), -1] = end
-    return c
+    room = target.tokens([""]).shape[1] - 2 - k
+    found = [laid(p, before(len(p), k, place)) for p in (p[:room] for p in own(target, prompts))]
+    return sentences(target, [row for row, _ in found]), torch.tensor([at for _, at in found], device=target.device)
+
+
+def own(target: TextToImage, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of each prompt between start and end, as far as the text encoder reads it; a padding token may be among them, as "!" is one
+    of SD 2's."""
+    end, rows = int(target.tokens([""])[0, 1]), target.tokens(prompts)[:, 1:].tolist()
+    return [row[: row.index(end)] for row in rows]
 
 
 def fits(target: TextToImage, **count: int) -> None:
@@ -41,6 +47,11 @@ def fits(target: TextToImage, **count: int) -> None:
     for name, k in count.items():
         if not 0 < k <= room:
             raise UsageError(f"{name} = {k} tokens do not fit this text encoder; give {name} from 1 to {room}")
+
+
+def tokens(task: Task) -> int:
+    """How many tokens UnlearnDiffAtk's paper and code search, or draw at random, for a task: 5 for nudity and harm, else 3."""
+    return 5 if task.kind == "nsfw" else 3
 
 
 def simplex(u: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..config import later
 from ..errors import UsageError
 from ..inversion import words
 from ..latents import SEED, phrase
 from ..targets.base import TextToImage
+from ._guided import victim
 from ._search import checkpoints, original, sentences, soft, stream, tables
 
 WORDS = {"style": "art", "identity": "person", "nsfw": "person"}
@@ -50,14 +52,15 @@ class CCE(Attack):
       1. Theirs puts the vector before the captions of I2P; here it replaces the concept's words where they stand.
       2. The sentences to learn from are our own: 8 for objects, 6 for styles and 4 for persons, where theirs has 27, 19 and 2.
       3. Weights are in the model's own precision, v in float32 at least. ``lr`` is the effective rate, theirs 0.005 × 4 × 4.
-      4. Their special procedures for SLD and negative prompts, which unroll the defended sampler, are left out: gradients go through
-         the weights alone.
+      4. Against SLD and negative prompts the guided prediction is to equal the original's, guided by the same scale for the picture's own
+         prompt, as theirs. Theirs unrolls 35 steps of SLD in each update; here it is one, without the momentum of earlier ones.
       5. With ``checks`` above 1 the vector is also tried on the way.
     """
 
     needs = TextToImage
     paper: ClassVar[str] = "arXiv:2308.01508"
     access: ClassVar[Literal["white", "black"]] = "white"
+    through: ClassVar[bool] = True
     level: ClassVar[Literal["prompt", "tokens", "embedding", "latent"]] = "embedding"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"pictures": 25, "iterations": 5000, "rows": 4, "accumulate": 4, "lr": 0.08, "weight_decay": 0.01},
@@ -83,15 +86,18 @@ class CCE(Attack):
     """how often the vector is tried, the last time at the end; also the largest number of queries for each prompt"""
     batch: int = 512
     """prompts attacked together; each batch learns the same vector again, so a smaller one costs time"""
+    transfer: bool = later(False)
+    """against a defence that acts at generation time: learn from the weights alone and try what is found; else it is learned through it"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         asked, rng = checkpoints(self.iterations, self.checks), [stream(Item(prompt=task.name, seed=0))]
         said = task.prompts or tuple(phrase(task.kind, c) for c in task.concepts)
-        many = range(self.pictures)
+        many, model = range(self.pictures), victim(self, target)
         if not many:
             raise UsageError(f"pictures = {self.pictures} leaves nothing to learn from; give 1 or more")
+        old = original(self, target)
         with torch.no_grad():
-            shown = original(self, target).sample([said[i % len(said)] for i in many], [SEED + i for i in many])
+            shown, named = old.sample([said[i % len(said)] for i in many], [SEED + i for i in many]), old.encode(said)
         x_all = target.latents(shown)  # (pictures, 4, h, w)
         start = self._start(target, task)
         v = tables(target)[start].mean(0)  # (D,)
@@ -106,9 +112,12 @@ class CCE(Attack):
                 x, which, t = (torch.randint(high, (self.rows,), generator=rng[0]) for high in (len(x_all), len(ids), target.train_steps))
                 x_0, t, which = x_all[x.to(x_all.device)], t.to(v.device), which.to(v.device)
                 eps = torch.randn(x_0.shape, generator=rng[0]).to(x_0)
+                x_t, one = target.add_noise(x_0, eps, t), [0] * self.rows  # all are guided by the sampler's own scale
                 e = v.detach().requires_grad_()
                 cond = target.encode(ids[which], soft(target, e.expand(self.rows, 1, -1), at[which]))
-                error = (target.eps(target.add_noise(x_0, eps, t), t, cond) - target.goal(x_0, eps, t)).to(e.dtype)
+                with torch.no_grad():
+                    goal = model.unguarded(old, x_t, t, named[x % len(said)], one) if model.step else target.goal(x_0, eps, t)
+                error = (model.eps(x_t, t, cond, one) - goal).to(e.dtype)
                 loss = error.square().mean() / self.accumulate
                 v.grad += torch.autograd.grad(loss, e)[0]
                 total += loss.item()

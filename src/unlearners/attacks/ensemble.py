@@ -26,7 +26,8 @@ class Ensemble(Attack):
 
         broken = broken_1 or broken_2 or … or broken_M,      so the rate is never below that of the best member.
 
-    Access and level are those of the strongest member: "white" when one reads the victim's weights. A verdict names the member that
+    Access and level are those of the strongest member: "white" when one reads the victim's weights. It searches through a defence that
+    acts at generation time when all members that read weights do. A verdict names the member that
     broke the prompt in ``by``, and counts the queries of all members until then.
 
     Logged: what the member logs, with ``member`` its number in the list, from 1, and ``survivors`` prompts not yet broken by any.
@@ -54,6 +55,7 @@ class Ensemble(Attack):
             raise UsageError("an ensemble needs members; give attacks such as paraphrase and unlearndiffatk:fast")
         found = [_made(m) for m in self.members]
         object.__setattr__(self, "access", "white" if any(a.access == "white" for a in found) else "black")
+        object.__setattr__(self, "through", all(a.through for a in found if a.access == "white"))
         object.__setattr__(self, "level", max((a.level for a in found), key=LEVELS.index))
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..base import Adversarial, Attack, Auto, Hit, Item, Row, Task
 from ..config import later
 from ..errors import UsageError
-from ..inversion import words
+from ..places import before, laid
 from ..targets.base import TextToImage
-from ._search import fits, insert, keep_rows, nearest, noise, ordinary, original, pictures, sentences, soft, stream, tables, uniform
+from ._guided import victim
+from ._search import (
+    fits,
+    insert,
+    keep_rows,
+    nearest,
+    noise,
+    ordinary,
+    original,
+    own,
+    pictures,
+    sentences,
+    soft,
+    stream,
+    tables,
+    tokens,
+    uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +63,20 @@ class P4D(Attack):
       6. For v-prediction models v is compared instead of the noise. SDXL's two embeddings of a token are searched as one vector.
       7. The original has its own text encoder. Preset ``mu-attack``, the lighter setting of UnlearnDiffAtk's code, shares the erased
          one there, which is not the same once the text encoder was edited.
+      8. Against SLD and negative prompts eps_theta* is one guided step of the defended sampler, without the momentum of earlier ones, and
+         the original's prediction is guided too, by the same scale. Theirs compares with the original's unguided prediction, leaves the
+         prediction for no text out of SLD and carries its momentum from one random noise level to the next.
     """
 
     needs = TextToImage
     paper: ClassVar[str] = "arXiv:2309.06135"
     access: ClassVar[Literal["white", "black"]] = "white"
+    through: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"variant": "n", "n": 16, "iterations": 3000, "check": 50, "lr": 0.1, "weight_decay": 0.1},
         "paper-k": {"variant": "k", "k": 3, "iterations": 3000, "check": 50, "lr": 0.1, "weight_decay": 0.1},
         "mu-attack": {
-            "variant": "prefix", "n": 3, "iterations": 2000, "check": 40, "levels": "ascending", "optimiser": "adam", "lr": 0.01,
+            "variant": "prefix", "n": "auto", "iterations": 2000, "check": 40, "levels": "ascending", "optimiser": "adam", "lr": 0.01,
         },
         "fast": {"variant": "k", "iterations": 300, "check": 30},
         "canvas": {"variant": "prefix", "n": 3, "iterations": 120, "check": 12, "levels": "ascending", "lr": 0.02, "batch": 64},
@@ -62,8 +84,9 @@ class P4D(Attack):
 
     variant: Literal["n", "k", "prefix"] = "n"
     """n: a new prompt of n tokens; k: one token before every k of the prompt's; prefix: n tokens before the prompt"""
-    n: int = 16
-    """tokens searched, in variants n and prefix"""
+    n: int | Auto = 16
+    """tokens searched, in variants n and prefix; auto: 16 of a new prompt, and before one as many as UnlearnDiffAtk's code, 5 for nsfw and
+    3 for all else"""
     k: int = 3
     """variant k: tokens of the prompt after each that is searched"""
     iterations: int = 3000
@@ -81,7 +104,12 @@ class P4D(Attack):
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
     transfer: bool = later(False)
-    """against a defence that acts at generation time: search in the weights alone and try what is found; else that is refused"""
+    """against a defence that acts at generation time: search in the weights alone and try what is found; else the search goes through it"""
+
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        if self.n != "auto":
+            return self
+        return replace(self, n=tokens(task) if self.variant == "prefix" else 16)
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         ids, at = self._layout(target, [i.prompt for i in items])  # (B, L), (B, S)
@@ -90,7 +118,7 @@ class P4D(Attack):
         x_0 = target.latents(pictures(self, items))  # (B, 4, h, w)
         with torch.no_grad():
             c = teacher.encode([i.prompt for i in items])
-        left, rng = list(range(len(items))), [stream(i) for i in items]
+        left, rng, model = list(range(len(items))), [stream(i) for i in items], victim(self, target, items)
         z = E[_start(at, len(E), rng)]  # (B, S, D)
         kind = torch.optim.AdamW if self.optimiser == "adamw" else torch.optim.Adam
         adam = kind([z], lr=self.lr, weight_decay=self.weight_decay)
@@ -106,8 +134,8 @@ class P4D(Attack):
                     t = torch.full_like(t, (2 * n + 1) * target.train_steps // (2 * rounds))
                 x_t = target.add_noise(x_0, noise(x_0, rng), t)
                 with torch.no_grad():
-                    goal = teacher.eps(x_t, t, c)
-                error = (target.eps(x_t, t, target.encode(c_star, soft(target, e, at))) - goal).to(E.dtype)
+                    goal = model.unguarded(teacher, x_t, t, c, left)
+                error = (model.eps(x_t, t, target.encode(c_star, soft(target, e, at)), left) - goal).to(E.dtype)
                 loss = error.square().mean((1, 2, 3))  # (B,)
                 (z.grad,) = torch.autograd.grad(loss.sum(), e)
                 adam.step()
@@ -127,22 +155,19 @@ class P4D(Attack):
     def _layout(self, target: TextToImage, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids (B, L) with 0 in the slots, and the slots (B, S), filled up with -1 where a prompt has fewer."""
         room = target.tokens([""]).shape[1] - 2
+        count = int(self.n)
         if self.variant != "k":
-            fits(target, n=self.n)
+            fits(target, n=count)
         if self.variant == "k" and self.k < 1:
             raise UsageError(f"k = {self.k} leaves no tokens of the prompt between those that are searched; give k from 1 on")
         if self.check < 1:
             raise UsageError(f"check = {self.check} never asks the victim; give check from 1 to {self.iterations}")
         rows: list[list[int]] = []
         slots: list[list[int]] = []
-        for prompt in prompts:
-            own = [] if self.variant == "n" else words(target, prompt)
-            if self.variant == "k":
-                parts = [own[i : i + self.k] for i in range(0, max(len(own), 1), self.k)]
-                row = [i for part in parts for i in (0, *part)]
-                at = [1 + j for j in range(0, len(row), self.k + 1)]
-            else:
-                row, at = [0] * self.n + own, list(range(1, 1 + self.n))
+        for said in own(target, prompts):
+            said = [] if self.variant == "n" else said
+            ahead = list(range(0, max(len(said), 1), self.k)) if self.variant == "k" else before(len(said), count, "prefix")
+            row, at = laid(said, ahead)
             rows.append(row)
             slots.append([i for i in at if i <= room])
         width = max(map(len, slots))

@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..inversion import words
 from ..judges._clip import embed_images, embed_texts
 from ..targets.base import TextToImage
+from ._guided import Victim, victim
 from ._search import checkpoints, clip_of, fits, nearest, noise, ordinary, pictures, sentences, soft, stream, tables, uniform
 
 
@@ -41,11 +42,13 @@ class PH2P(Attack):
       4. Prompts are attacked ``batch`` at a time in one forward pass, each with its own L-BFGS and random stream; broken ones leave.
       5. The nearest token is never start, end or padding. The projection is one product with the table.
       6. For v-prediction models the goal is v. SDXL's two embeddings of a token are searched as one vector.
+      7. Against SLD and negative prompts eps_theta* is one guided step of the defended sampler; theirs knows no defences.
     """
 
     needs = TextToImage
     paper: ClassVar[str] = "arXiv:2312.12416"
     access: ClassVar[Literal["white", "black"]] = "white"
+    through: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {"k": 15, "low": 500, "high": 900, "iterations": 500, "inner": 20, "accumulate": 3, "lr": 0.8},
         "release": {"lr": 2.4},
@@ -78,7 +81,7 @@ class PH2P(Attack):
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
     transfer: bool = later(False)
-    """against a defence that acts at generation time: search in the weights alone and try what is found; else that is refused"""
+    """against a defence that acts at generation time: search in the weights alone and try what is found; else the search goes through it"""
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
         self._fits(target)
@@ -87,7 +90,7 @@ class PH2P(Attack):
         image = embed_images(clip, shown) if clip else torch.empty(len(items), 0)
         E = tables(target)[token]  # (W, D)
         x_0 = target.latents(shown)  # (B, 4, h, w)
-        left, rng = list(range(len(items))), [stream(i) for i in items]
+        left, rng, model = list(range(len(items))), [stream(i) for i in items], victim(self, target, items)
         z = [self._start(target, token, E, g) for g in rng]  # (k, D) each
         lbfgs = [torch.optim.LBFGS([row], lr=self.lr, max_iter=1) for row in z]  # one step is one of the paper's ``inner``
         seen: list[dict[str, float]] = [{} for _ in items]  # {prompt: loss} since the last check
@@ -97,7 +100,7 @@ class PH2P(Attack):
             drawn = [(uniform(self.low, self.high, rng, x_0), noise(x_0, rng)) for _ in range(self.accumulate)]
             for _ in range(self.inner):
                 s = nearest(torch.stack(z), E, "l2")  # (B, k)
-                loss, g_e = self._loss(target, x_0, token[s], E[s], drawn)  # (B,), (B, k, D)
+                loss, g_e = self._loss(model, left, x_0, token[s], E[s], drawn)  # (B,), (B, k, D)
                 for row, i in enumerate(left):
                     seen[i].setdefault(target.decode(token[s[row]]), loss[row].item())
                     z[row].grad = g_e[row]
@@ -136,14 +139,15 @@ class PH2P(Attack):
         return z
 
     def _loss(
-        self, target: TextToImage, x_0: Tensor, s: Tensor, e: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]
+        self, model: Victim, rows: Sequence[int], x_0: Tensor, s: Tensor, e: Tensor, drawn: Sequence[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """The mean squared error (B,) over ``drawn`` [(t (B,), noise)] under tokens s (B, k), and its gradient at e (B, k, D)."""
+        target = model.target
         ids, at = sentences(target, s.tolist()), torch.arange(1, 1 + self.k, device=s.device).expand_as(s)
         loss, gradient = e.new_zeros(len(e)), torch.zeros_like(e)
         for t, eps in drawn:
             e = e.detach().requires_grad_()
-            out = target.eps(target.add_noise(x_0, eps, t), t, target.encode(ids, soft(target, e, at)))
+            out = model.eps(target.add_noise(x_0, eps, t), t, target.encode(ids, soft(target, e, at)), rows)
             error = (out - target.goal(x_0, eps, t)).to(e.dtype).square().mean((1, 2, 3)) / len(drawn)  # (B,)
             gradient += torch.autograd.grad(error.sum(), e)[0]
             loss += error.detach()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from typing_extensions import Self
 
-from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..base import Adversarial, Attack, Auto, Hit, Item, Row, Task
 from ..targets.base import TextToImage
-from ._search import fits, stream
+from ._search import fits, stream, tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,24 +35,28 @@ class RandomTokens(Attack):
     paper: ClassVar[str] = "arXiv:2310.11868"
     access: ClassVar[Literal["white", "black"]] = "black"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"k": 3, "tries": 40},
+        "paper": {"tries": 40},
         "paper-nsfw": {"k": 5, "tries": 40},
         "fast": {"tries": 10},
     }
 
-    k: int = 3
-    """tokens put before the prompt; the paper: 3 for styles and objects, 5 for nudity and harm"""
+    k: int | Auto = "auto"
+    """tokens put before the prompt; auto is the paper's: 5 for nsfw (nudity and harm), 3 for styles, objects and all else"""
     tries: int = 40
     """rounds; also the largest number of queries for each prompt"""
     batch: int = 64
     """prompts attacked together; changes memory and speed, not the search"""
 
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        return replace(self, k=tokens(task)) if self.k == "auto" else self
+
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
-        fits(target, k=self.k)
+        k = int(self.k)
+        fits(target, k=k)
         words = torch.tensor([i for i in range(target.vocabulary) if i not in target.special])
         left, rng = list(range(len(items))), [stream(i) for i in items]
         for n in range(self.tries):
-            s = {i: words[torch.randint(len(words), (self.k,), generator=rng[i])] for i in left}
+            s = {i: words[torch.randint(len(words), (k,), generator=rng[i])] for i in left}
             won = hit({i: Adversarial(prompt=f"{target.decode(s[i])} {items[i].prompt}".strip()) for i in left})
             left = [i for i in left if i not in won]
             yield {"try": n + 1.0, "left": float(len(left))}

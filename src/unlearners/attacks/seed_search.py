@@ -27,8 +27,9 @@ class SeedSearch(Attack):
 
     Deviations from the authors' code:
       1. All prompts are tried together; broken ones leave the batch.
-      2. No seed is used twice for a prompt, nor is the prompt's own; theirs was not checked for it.
-      3. Theirs stops when its own budget ends, whose size is not known here; ``tries`` is that of their random attacker.
+      2. Seeds come from each prompt's own random stream. As in theirs, none is used twice for a prompt, nor is the prompt's own.
+      3. The first success ends a prompt's search. Theirs asks all its 40 seeds and gives the share of them that show the concept; that
+         share is what 100 - ``ua`` says when the task has as many seeds.
     """
 
     needs = TextToImage

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
+from typing_extensions import Self
 
-from ..base import Adversarial, Attack, Hit, Item, Row, Task
+from ..base import Adversarial, Attack, Auto, Hit, Item, Row, Task
 from ..config import later
-from ..diffusion import Soft
+from ..places import Place
 from ..targets.base import TextToImage
-from ._search import draw, pictures, simplex, slots, stream, table
+from ._guided import victim
+from ._search import draw, insert, keep_rows, pictures, simplex, slots, soft, stream, tables, tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class UnlearnDiffAtk(Attack):
 
     u (k × V) holds one distribution over the vocabulary for each slot, uniform at the start. The gradient of the sampled one-hot
     row goes straight through to u. Timesteps are fixed and ascending; after each one the most likely tokens are decoded to text,
-    put before the prompt, tokenised again and tried. u and Adam's moments persist over timesteps.
+    put beside the prompt, tokenised again and tried. u and Adam's moments persist over timesteps.
 
     Logged: ``t`` timestep just finished; ``loss`` mean squared error over its iterations and the prompts in the batch (lower: the
     erased model explains the concept's pictures better); ``left`` prompts of the batch not yet broken.
@@ -40,24 +43,31 @@ class UnlearnDiffAtk(Attack):
       4. Every prompt has a random stream of its own (seed, prompt, image seed). Theirs reseeds the global generator for each picture,
          so the same 40 noise draws come back at every timestep.
       5. The replayed prompt is the decoded prefix, a space, and the prompt as it was typed; decoding drops start, end and padding tokens.
-      6. No prompt is left out. Theirs never attacks prompts of more than 60 tokens; here what exceeds the encoder's length is cut.
+         For the other placements it is, as theirs, all tokens decoded together.
+      6. No prompt is left out. Theirs never attacks prompts of more than 60 tokens; here what exceeds the encoder's length is cut, at the
+         prompt's end and never a searched token.
       7. For v-prediction models the goal is v instead of the noise.
       8. Pictures are drawn with the target's own sampler and judged by the task's judge.
+      9. SDXL's two embeddings of a token are searched as one.
+      10. Against SLD and negative prompts theirs searches in the network alone (``transfer``). Here eps_theta* is the guided prediction of
+         the defended sampler, one step of it without the momentum of earlier ones, so that the search knows what it has to overcome.
+      11. ``rand_init`` acts; on a GPU theirs fills a copy and leaves u uniform.
     The paper's text says AdamW; like the authors' code this uses Adam with L2 weight decay.
     """
 
     needs = TextToImage
     paper: ClassVar[str] = "arXiv:2310.11868"
     access: ClassVar[Literal["white", "black"]] = "white"
+    through: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {"k": 3, "timesteps": 50, "iterations": 40},
+        "paper": {"timesteps": 50, "iterations": 40},
         "paper-nsfw": {"k": 5, "timesteps": 50, "iterations": 40},
         "fast": {"timesteps": 10, "iterations": 20},
-        "canvas": {"timesteps": 10, "iterations": 16, "batch": 64},
+        "canvas": {"k": 3, "timesteps": 10, "iterations": 16, "batch": 64},
     }
 
-    k: int = 3
-    """tokens put before the prompt; the paper: 3 for styles and objects, 5 for nudity and harm"""
+    k: int | Auto = "auto"
+    """tokens put beside the prompt; auto is the paper's: 5 for nsfw (nudity and harm), 3 for styles, objects and all else"""
     timesteps: int = 50
     """noise levels, spread evenly and visited in ascending order; also the largest number of queries for each prompt"""
     iterations: int = 40
@@ -69,24 +79,33 @@ class UnlearnDiffAtk(Attack):
     batch: int = 16
     """prompts attacked together; changes memory and speed, not the search"""
     transfer: bool = later(False)
-    """against a defence that acts at generation time: search in the weights alone and try what is found; else that is refused"""
+    """against a defence that acts at generation time: search in the weights alone and try what is found; else the search goes through it"""
+    place: Place = later("prefix")  # noqa: RUF009 (a string)
+    """where the tokens go: before the prompt (the paper), after it, between its halves, at equal distances inside it, or one before every
+    third of its tokens"""
+    rand_init: bool = later(False)
+    """start u at random, projected on the simplex, instead of uniform"""
+
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        return replace(self, k=tokens(task)) if self.k == "auto" else self
 
     def run(self, target: TextToImage, task: Task, items: Sequence[Item], hit: Hit) -> Iterator[Row]:
-        E = table(target)  # (V, D)
+        E, k = tables(target), int(self.k)  # (V, D)
         x_tgt = target.latents(pictures(self, items))  # (B, 4, h, w)
-        c = slots(target, [i.prompt for i in items], self.k)  # (B, L)
-        left, rng = list(range(len(items))), [stream(i) for i in items]
-        u = E.new_full((len(left), self.k, len(E)), 1 / len(E))  # (B, k, V)
+        c, at = slots(target, [i.prompt for i in items], k, self.place)  # (B, L), (B, k)
+        left, rng, model = list(range(len(items))), [stream(i) for i in items], victim(self, target, items)
+        u = E.new_full((len(left), k, len(E)), 1 / len(E))  # (B, k, V)
+        if self.rand_init:
+            u = simplex(torch.stack([torch.rand(k, len(E), generator=g) for g in rng]).to(u))
         adam = torch.optim.Adam([u], lr=self.lr, weight_decay=self.weight_decay)
         for n in range(self.timesteps):
             t = torch.full((len(left),), (2 * n + 1) * target.train_steps // (2 * self.timesteps), device=E.device)
             total = 0.0
             for _ in range(self.iterations):
-                c[:, 1 : 1 + self.k] = s = draw(u, rng)  # (B, k) one token for each slot
-                e = E[s].requires_grad_()  # (B, k, D) = onehot(s) E
+                e = E[draw(u, rng)].requires_grad_()  # (B, k, D) = onehot(s) E, with one token s for each slot
                 eps = torch.stack([torch.randn(x_tgt.shape[1:], generator=g) for g in rng]).to(x_tgt)
                 x_t = target.add_noise(x_tgt, eps, t)
-                error = (target.eps(x_t, t, target.encode(c, Soft(e))) - target.goal(x_tgt, eps, t)).to(E.dtype)
+                error = (model.eps(x_t, t, target.encode(c, soft(target, e, at)), left) - target.goal(x_tgt, eps, t)).to(E.dtype)
                 loss = error.pow(2).mean((1, 2, 3))  # (B,)
                 (g_e,) = torch.autograd.grad(loss.sum(), e)
                 u.grad = (g_e @ E.T).clamp(-1, 1)  # straight through to u
@@ -94,12 +113,15 @@ class UnlearnDiffAtk(Attack):
                 u.copy_(simplex(u))
                 total += loss.mean().item() / self.iterations
             best = u.argmax(-1)  # (B, k)
-            won = hit({i: Adversarial(prompt=f"{target.decode(best[row])} {items[i].prompt}".strip()) for row, i in enumerate(left)})
+            texts = {i: self._text(target, items[i].prompt, insert(c, at, best)[row], best[row]) for row, i in enumerate(left)}
+            won = hit({i: Adversarial(prompt=text) for i, text in texts.items()})
             keep = [row for row, i in enumerate(left) if i not in won]
-            left, rng, x_tgt, c = [left[r] for r in keep], [rng[r] for r in keep], x_tgt[keep], c[keep]
-            u.grad, u.data = None, u.data[keep]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                adam.state[u][moment] = adam.state[u][moment][keep]
+            left, rng, x_tgt, c, at = [left[r] for r in keep], [rng[r] for r in keep], x_tgt[keep], c[keep], at[keep]
+            keep_rows(adam, u, keep)
             yield {"t": float(t[0]), "loss": total, "left": float(len(left))}
             if not left:
                 return
+
+    def _text(self, target: TextToImage, prompt: str, ids: Tensor, s: Tensor) -> str:
+        """What is typed: the tokens ``s`` (k,) as text before the prompt as it was given, or ``ids`` (L,) as text."""
+        return f"{target.decode(s)} {prompt}".strip() if self.place == "prefix" else target.decode(ids)
