@@ -144,8 +144,8 @@ def test_the_loss_curve_is_that_of_the_plain_loop(sd: Callable[..., Any], listed
             module.double()
     rows: list[dict[str, float]] = []
     method = AdvUnlearn(
-        steps=N, lr=LR, eta=ETA, gamma=GAMMA, retain_batch=2, retain_set=listed, nearest=0.0, attack=attack, attack_steps=K,
-        attack_lr=ALPHA, place=place, warmup=WARMUP, guidance=GUIDANCE, sampler_steps=S, trajectories=M,
+        steps=N, lr=LR, eta=ETA, gamma=GAMMA, retain_batch=2, retain_set=listed, nearest=0.0, null_share="listed",
+        attack=attack, attack_steps=K, attack_lr=ALPHA, place=place, warmup=WARMUP, guidance=GUIDANCE, sampler_steps=S, trajectories=M,
     )  # fmt: skip
     method(ours, Task(name="t", concepts=("zq",)), seed=SEED, log=rows.append)
     wanted = Naive(copy.pipe, prediction, attack, place).run("zq")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from unlearners import keep, pool, retain
-from unlearners.base import Task
+from unlearners.base import Task, settle
 from unlearners.diffusion import Soft
 from unlearners.errors import UsageError
 from unlearners.methods._soft import encode, placed, tables
@@ -107,6 +109,10 @@ def test_the_padding_of_each_of_sdxl_s_encoders_is_its_own(sd: Callable[..., Any
         ("prefix", 1, "S.zqE", [1]),
         ("prefix", 3, "S...zqE", [1, 2, 3]),
         ("suffix", 2, "Szq..E", [3, 4]),
+        ("mid", 2, "Sz..qE", [2, 3]),
+        ("insert", 1, "Sz.qE", [2]),
+        ("insert", 3, "S...zqE", [1, 2, 3]),
+        ("per-k-words", 2, "S.zq.E", [1, 4]),
         ("replace", 2, "S..E", [1, 2]),
         ("add", 5, "SzqE", [1, 2]),
     ],
@@ -170,7 +176,7 @@ def attack_loss(model: Any, states: Fixed, spot: Any, delta: Any, place: Any) ->
 
 
 @pytest.mark.parametrize("attack", ["adam", "pgd"])
-@pytest.mark.parametrize("place", ["prefix", "replace", "add"])
+@pytest.mark.parametrize("place", ["prefix", "mid", "insert", "per-k-words", "replace", "add"])
 def test_the_attack_lowers_its_loss(sd: Callable[..., Any], attack: Any, place: Any) -> None:
     model = sd()
     states, spot = fixed(model), placed(model, "zq", place, 1)
@@ -247,6 +253,86 @@ def test_latest_begins_where_the_attack_last_was(sd: Callable[..., Any]) -> None
     assert torch.allclose(delta[0], last[0], atol=1.1e-3)
     delta, _ = AdvUnlearn(attack="fgsm", init="random").attacked(model, states, 0, spot, last)
     assert not torch.allclose(delta[0], last[0], atol=1.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("every", "fresh"), [(1, [1, 1, 1, 1, 1, 1]), (2, [1, 0, 1, 0, 1, 0]), (4, [1, 0, 0, 0, 1, 0]), (99, [1, 0, 0, 0, 0, 0])]
+)
+def test_delta_serves_until_the_next_attack(run: Callable[..., Any], every: int, fresh: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.Tensor] = []
+    real = encode
+
+    def see(model: Any, spot: Any, delta: Any, place: Any, plain: Any) -> Any:
+        used.append(delta[0].clone())
+        return real(model, spot, delta, place, plain)
+
+    monkeypatch.setattr("unlearners.methods.advunlearn.encode", see)
+    _, rows = run(steps=8, warmup=2, attack_every=every)
+    assert ["attack" in row for row in rows] == [False] * 2 + [bool(f) for f in fresh]
+    assert [not torch.equal(a, b) for a, b in pairwise(used)] == [bool(f) for f in fresh[1:]]
+
+
+def test_every_concept_is_attacked_before_its_delta_is_used(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    struck: list[int] = []
+    real = AdvUnlearn.attacked
+
+    def note(self: Any, target: Any, states: Any, c: int, *rest: Any) -> Any:
+        struck.append(c)
+        return real(self, target, states, c, *rest)
+
+    monkeypatch.setattr(AdvUnlearn, "attacked", note)
+    run(replace(TASK, concepts=("zq", "wx")), steps=12, warmup=0, attack_every=99)
+    assert sorted(struck) == [0, 1]
+
+
+# --- settings by kind ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "gamma", "kept"),
+    [("nsfw", 0.3, "everyday+people"), ("style", 0.5, "everyday"), ("object", 0.5, "everyday"), ("identity", 0.5, "everyday")],
+)
+def test_gamma_and_what_stays_go_by_kind(sd: Callable[..., Any], kind: Any, gamma: float, kept: str) -> None:
+    found = settle(AdvUnlearn(), sd(), replace(TASK, kind=kind))
+    assert (found.gamma, found.retain_set, found.null_share) == (gamma, kept, 0.2)
+    assert settle(AdvUnlearn(gamma=0.7, retain_set="scenes"), sd(), replace(TASK, kind=kind)).gamma == 0.7
+    canvas = settle(AdvUnlearn(**AdvUnlearn.presets["canvas"]), sd(), replace(TASK, kind=kind))
+    assert (canvas.gamma, canvas.retain_set, canvas.null_share) == (0.3, "canvas+preserve", "listed"), "as the committed tables"
+
+
+@pytest.mark.parametrize(
+    ("share", "wanted"),
+    [
+        (0.2, [1, 1, 1, 1, 1, 1]),
+        (0.1, [0, 1, 0, 1, 0, 1]),
+        (0.3, [1, 2, 1, 2, 1, 2]),
+        (0.0, [0, 0, 0, 0, 0, 0]),
+        (1.0, [5, 5, 5, 5, 5, 5]),
+    ],
+)
+def test_the_empty_prompt_has_a_share_of_its_own(share: float, wanted: list[int]) -> None:
+    class Dealer:
+        """Deals anything but the first, in order."""
+
+        def deal(self, n: int, among: range) -> list[int]:
+            assert 3 not in among
+            return list(among)[:n]
+
+    method = AdvUnlearn(null_share=share)
+    dealt = [method.dealt(Dealer(), range(3, 12), i) for i in range(6)]  # type: ignore[arg-type]
+    assert all(len(d) == 5 for d in dealt) and [d.count(3) for d in dealt] == wanted
+
+
+def test_a_share_holds_the_empty_prompt_that_guidance_starts_from(run: Callable[..., Any], sd: Callable[..., Any]) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(64, *sd().latent_shape, generator=g), torch.randint(1000, (64,), generator=g)
+
+    def unconditional(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model.eps(x, t, model.encode([""]).repeat(64))
+        return found
+
+    own, how = unconditional(sd()), {"steps": 60, "lr": 1e-3, "gamma": 5.0, "attack_steps": 0}
+    drift = [float((unconditional(run(null_share=s, **how)[0]) - own).square().mean()) for s in (0.5, 0.0)]
+    assert drift[0] < 0.5 * drift[1]
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------
@@ -413,6 +499,72 @@ def test_a_filter_that_leaves_nothing_and_a_missing_file_are_refused(sd: Callabl
         retain.prompts(sd(), Task(name="t", concepts=("garbage truck",)), str(path))
     with pytest.raises(UsageError, match="is no file"):
         retain.prompts(sd(), TASK, str(tmp_path / "none.txt"))
+
+
+NAMED = ("everyday", "objects", "people", "scenes", "styles")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_our_sets_by_name(sd: Callable[..., Any], name: str) -> None:
+    kept = retain.prompts(sd(), TASK, name, 0.0)
+    assert kept[0] == "" and len(kept) > 60 and len(set(kept)) == len(kept)
+    assert all(p.endswith(" style") if name == "styles" else p.startswith("a photo of ") for p in kept[1:])
+    both = retain.prompts(sd(), TASK, f"{name}+people", 0.0)
+    assert set(kept) <= set(both) and "a photo of a nurse" in both
+
+
+def test_words_of_a_template_are_no_reason_to_leave_a_prompt_out(sd: Callable[..., Any]) -> None:
+    task = Task(name="t", kind="style", concepts=("photo style",))
+    assert len(retain.prompts(sd(), task, "objects", 0.0)) > 300
+    left = retain.prompts(sd(), Task(name="t", concepts=("mosaic style",)), "styles", 0.0)
+    assert len(left) > 100 and "mosaic style" not in left
+
+
+def test_without_the_filter_nothing_is_left_out(sd: Callable[..., Any], tmp_path: Path) -> None:
+    task, path = Task(name="t", concepts=("fish",)), tmp_path / "kept.txt"
+    path.write_text("a photo of a fish\na cup\n")
+    whole = retain.prompts(sd(), task, f"everyday+{path}", 0.5, filtered=False)
+    assert {"a photo of a fish", "a photo of fish", "a photo of goldfish", "a cup"} <= set(whole)
+    assert len(whole) == 1 + len(retain.everyday()) + 2
+    assert len(retain.prompts(sd(), task, "everyday", 0.5)) < 0.6 * len(whole)
+    with pytest.raises(UsageError, match="to be forgotten"):
+        retain.prompts(sd(), task, str(path))
+
+
+def test_the_papers_sets_by_name(sd: Callable[..., Any]) -> None:
+    coco, imagenet = (retain.prompts(sd(), TASK, name, 0.0) for name in ("coco_object", "imagenet"))
+    assert len(coco) == 81 and {"a photo of bicycle", "a photo of toothbrush"} <= set(coco)
+    assert 990 < len(imagenet) <= 1001 and "a photo of tench" in imagenet
+    assert "a photo of tench" not in retain.prompts(sd(), Task(name="t", concepts=("tench",)), "imagenet", 0.0)
+
+
+def test_the_release_s_table_of_prompts_is_read(sd: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "coco_object_retain.csv"
+    path.write_text("case_num,source,prompt\n1,coco_object,a photo of chair\n2,coco_object,a photo of fridge\n")
+    assert retain.prompts(sd(), TASK, str(path), 0.0) == ["", "a photo of chair", "a photo of fridge"]
+    path.write_text("case_num,source\n1,coco_object\n")
+    with pytest.raises(UsageError, match="no column 'prompt'"):
+        retain.prompts(sd(), TASK, str(path), 0.0)
+
+
+def test_class_names_of_a_data_set_of_the_hub(sd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def builder(name: str, chosen: str | None) -> Any:
+        asked.append((name, chosen))
+        if "nowhere" in name:
+            raise ConnectionError("offline")
+        features = {"label": datasets.ClassLabel(names=["cup", "zq vase"])} if "bare" not in name else None
+        return SimpleNamespace(info=SimpleNamespace(features=features))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    assert retain.prompts(sd(), TASK, "hub:us/things:small", 0.0) == ["", "a photo of cup"]
+    assert asked == [("us/things", "small")]
+    for name, message in (("hub:us/nowhere", r"cannot be read \(offline\)"), ("hub:us/bare", "has no class names")):
+        with pytest.raises(UsageError, match=message):
+            retain.prompts(sd(), TASK, name, 0.0)
 
 
 # --- the pool -----------------------------------------------------------------------------------------------------
@@ -591,7 +743,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert same(model, whole)
 
 
-@pytest.mark.parametrize("fields", [{"steps": 0}, {"k": 0}, {"restarts": 0}, {"gamma": -1.0}, {"nearest": 1.0}, {"attack_steps": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: 0} for name in ("steps", "k", "restarts", "attack_every")),
+        *({name: -1.0} for name in ("gamma", "null_share")),
+        {"nearest": 1.0},
+        {"attack_steps": -1},
+        {"null_share": 1.5},
+    ],
+)
 def test_settings_without_a_meaning_are_refused(fields: Any) -> None:
     with pytest.raises(UsageError, match="at least"):
         AdvUnlearn(**fields)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unlearners import closed_form
-from unlearners.base import Method, Task
+from unlearners import closed_form, config
+from unlearners.base import Method, Task, chosen, settle
 from unlearners.errors import UsageError
 from unlearners.methods.rece import RECE, revive
 from unlearners.methods.speed import SPEED, constrained, felt, null_space
@@ -131,6 +131,15 @@ def test_the_defaults_are_the_papers_for_the_kind(base: StableDiffusion, kind: A
     task = Task(name="t", kind=kind, concepts=("zq",), anchors=("art",))
     assert gap(edit(base, RECE(), task)[0], edit(base, RECE(rounds=rounds, derive=derive), task)[0]) == 0
     assert gap(edit(base, RECE(), task)[0], edit(base, RECE(rounds=rounds, derive=10 * derive), task)[0]) > 0
+
+
+def test_what_rece_chose_is_in_the_record_and_the_old_numbers_still_ask_for_it(base: StableDiffusion) -> None:
+    for method in (RECE(), RECE(rounds="auto", derive="auto"), RECE(rounds=-1, derive=0.0)):
+        told = chosen(method, settle(method, base, Task(name="t", kind="nsfw", concepts=("zq",), anchors=("art",), preserve=("cat",))))
+        assert (told["rounds"], told["derive"]) == (3, 0.1)
+    assert {"rounds": -1, "derive": 0.0}.items() <= config.to_dict(RECE()).items(), "old run folders keep their name"
+    with pytest.raises(UsageError, match="no automatic value of 'rounds' for a task of kind 'class'"):
+        settle(RECE(), base, Task(name="t", kind="class", concepts=("zq",), anchors=("art",), preserve=("cat",)))
 
 
 def test_rece_from_every_position_of_the_phrase(base: StableDiffusion) -> None:

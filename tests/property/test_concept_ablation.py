@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from unlearners import latents
-from unlearners.base import Task
+from unlearners.base import Task, settle
 from unlearners.errors import UsageError
 from unlearners.methods.concept_ablation import ConceptAblation
 
@@ -19,6 +20,36 @@ QUICK: dict[str, Any] = {"steps": 2, "batch": 2, "pictures": 4, "lr": 1e-3}
 
 def changed(target: Any, fresh: Any) -> set[str]:
     return {n for n, p in target.named().items() if not torch.equal(p, fresh.named()[n])}
+
+
+# --- settings by kind ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("style", ("xattn-kv", 100, 2e-6, 0.0)),
+        ("object", ("xattn-kv", 100, 2e-6, 0.0)),
+        ("identity", ("xattn-kv", 100, 2e-6, 0.0)),
+        ("nsfw", ("attn", 400, 4e-6, 1.0)),
+    ],
+)
+def test_the_recipe_goes_by_kind(sd: Callable[..., Any], kind: Any, wanted: Any) -> None:
+    def told(method: ConceptAblation) -> tuple[Any, ...]:
+        found = settle(method, sd(), replace(TASK, kind=kind))
+        return found.params, found.steps, found.lr, found.prior
+
+    assert told(ConceptAblation()) == wanted
+    assert told(ConceptAblation(steps=7, lr=1e-5)) == (wanted[0], 7, 1e-5, wanted[3])
+    assert told(ConceptAblation(**ConceptAblation.presets["nudity"])) == ("attn", 400, 4e-6, 1.0)
+    canvas = ConceptAblation(**ConceptAblation.presets["canvas"])
+    assert told(canvas) == ("xattn-kv", 100, 3e-5, 0.0), "the committed tables' setting, whatever the kind"
+
+
+def test_nudity_trains_the_attention_with_the_prior(sd: Callable[..., Any]) -> None:
+    rows: list[dict[str, float]] = []
+    target = sd()
+    ConceptAblation(steps=1, batch=2, pictures=4)(target, replace(TASK, kind="nsfw"), seed=1, log=rows.append)
+    assert "preserve" in rows[0] and changed(target, sd()) <= set(sd().select("attn"))
+    assert any(".attn1." in n for n in changed(target, sd()))
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import pool, retain
-from ..base import Method, Row, Task
+from ..base import Auto, Method, Row, Task
+from ..config import later
 from ..errors import UsageError
 from ..targets.base import TextToImage
-from ._soft import Deltas, Latest, Place, Spot, encode, placed, tables
+from ._soft import Deltas, Latest, Place, Spot, attack, encode, placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,13 @@ class AdvUnlearn(Method):
        (stale); the attack's gradients add up over steps (sum).
     3. ``params`` trains the layers it names; in the code layer 1 includes 10 and 11.
     4. ``adam`` is what the code calls pgd; ``pgd`` takes sign steps (at most attack_steps * attack_lr away), ``fgsm`` one of them.
-    5. Retain prompts are our list without what is near the concept, and ""; theirs are 243 of COCO by a language model, without "".
+    5. Retain prompts are our list without what is near the concept, and people too where nudity or harm goes; theirs are 243 of COCO by a
+       language model (give the release's coco_object_retain.csv as ``retain_set``, with nearest 0). ``null_share`` of them are "", which
+       guidance uses in every step; theirs never are (null_share 0).
     6. The warm-up on the clean concept is the code's; the paper does not mention it.
-    Of the release are not offered: placements mid, insert and per-k-words, sign gradients written in place, condition embeddings.
+    7. With ``attack_every`` above 1 a concept's delta serves until the next attack, and every update deals its own retain prompts.
+    Preset canvas is not the paper's setting: eta 4, lr 8e-4, 120 updates, 3 sign steps on 2 tokens.
+    Of the release are not offered: sign gradients written in place, condition embeddings.
     """
 
     needs: ClassVar[type] = TextToImage
@@ -56,7 +63,7 @@ class AdvUnlearn(Method):
         "canvas": {
             "retain_set": "canvas+preserve", "nearest": 0.0, "eta": 4.0, "steps": 120, "lr": 8e-4, "batch": 4, "retain_batch": 12,
             "warmup": 20, "attack": "pgd", "attack_steps": 3, "attack_lr": 0.01, "attack_batch": 2, "k": 2,
-            "sampler_steps": 10, "trajectories": 48,
+            "sampler_steps": 10, "trajectories": 48, "gamma": 0.3, "null_share": "listed",
         },
     }  # fmt: skip
 
@@ -72,12 +79,17 @@ class AdvUnlearn(Method):
     """states x_t of the concept in each update"""
     retain: Literal["reg", "iter", "none"] = "reg"
     """reg: one loss; iter: an update of its own, without gamma (the release); none: AT-ESD"""
-    gamma: float = 0.3
-    """weight of retaining: 0.3 for nudity, 0.5 for styles and objects"""
+    gamma: float | Auto = "auto"
+    """weight of retaining; auto is the paper's: 0.3 for nsfw (nudity), 0.5 for styles, objects and, by our choice, all else"""
     retain_batch: int = 5
     """retain prompts in each update"""
-    retain_set: str = "everyday"
-    """everyday (our list), preserve (the task's neighbours), canvas, a file with a prompt in each line, or several joined by +"""
+    retain_set: str = "auto"
+    """several joined by +: everyday, people, scenes, styles (our lists), preserve (the task's neighbours), canvas, coco_object, imagenet,
+    hub:NAME (class names), a file with a prompt in each line or a CSV column; auto: everyday, with people for nsfw"""
+    null_share: float | Literal["listed"] = 0.2
+    """share of the retain rows that are the empty prompt, which guidance starts from; listed: as often as any other prompt of the list"""
+    filtered: bool = later(True)
+    """leave out retain prompts that name the concept or are nearest to it; false is the paper's ablation without a filter"""
     nearest: float = 0.08
     """share of the retain prompts, those most like the concept, that is left out (the paper's language model: 14 to 22 of 243)"""
     attack: Literal["adam", "pgd", "fgsm"] = "adam"
@@ -96,12 +108,17 @@ class AdvUnlearn(Method):
     """tokens of delta; add has as many as the concept"""
     init: Literal["random", "latest"] = "random"
     """where delta starts: at random tokens, or where it last was"""
+    attack_every: int = later(1)
+    """updates from one attack to the next (the code's adv_prompt_update_step)"""
     warmup: int = 200
     """first iterations, without an attack"""
     guidance: float = 3.0
     """classifier-free guidance while sampling x_t"""
     sampler_steps: int = 50
     """steps of a whole trajectory"""
+    time: Literal["grid", "bucket"] = later("grid")
+    """the times that the network is told: x_t's own, of which there are sampler_steps, or uniform within half a sampler step around it,
+    so that all times of the schedule are met (the authors' code); bucket takes one more evaluation for each state of the pool"""
     trajectories: int = 64
     """of the concept in the pool; each retain prompt has one"""
     pool_gb: float = 2.0
@@ -111,17 +128,25 @@ class AdvUnlearn(Method):
 
     def __post_init__(self) -> None:
         batches = (self.batch, self.retain_batch, self.attack_batch)
-        counts = (self.steps, *batches, self.restarts, self.k, self.sampler_steps, self.trajectories)
-        if min(counts) < 1 or min(self.attack_steps, self.warmup, self.gamma, self.nearest) < 0 or self.nearest >= 1:
-            raise UsageError("counts must be at least 1, attack_steps, warmup and gamma at least 0, and nearest at least 0 and below 1")
+        counts = (self.steps, *batches, self.restarts, self.k, self.sampler_steps, self.trajectories, self.attack_every)
+        gamma, share = 0 if self.gamma == "auto" else self.gamma, 0 if self.null_share == "listed" else self.null_share
+        if min(counts) < 1 or min(self.attack_steps, self.warmup, gamma, self.nearest, share) < 0 or self.nearest >= 1 or share > 1:
+            bounds = "attack_steps, warmup, gamma, nearest and null_share at least 0, nearest below 1 and null_share at most 1"
+            raise UsageError(f"counts must be at least 1, {bounds}")
+
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        gamma, kept = (0.3, "everyday+people") if task.kind == "nsfw" else (0.5, "everyday")
+        named = kept if self.retain_set == "auto" else self.retain_set
+        return replace(self, gamma=gamma if self.gamma == "auto" else self.gamma, retain_set=named)
 
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
-        said, holds = list(task.said), self.retain == "iter" or (self.retain == "reg" and self.gamma > 0)
+        target.differentiable()
+        said, holds = list(task.said), self.retain == "iter" or (self.retain == "reg" and float(self.gamma) > 0)
         k = self.k if self.attack_steps else 0
         spots = [placed(target, c, self.place, k, words="words" in self.slips) for c in said]
-        kept = retain.prompts(target, task, self.retain_set, self.nearest) if holds else []
+        kept = retain.prompts(target, task, self.retain_set, self.nearest, filtered=self.filtered) if holds else []
         how = {"steps": self.sampler_steps, "guidance": self.guidance, "trajectories": self.trajectories, "gb": self.pool_gb}
-        states, spent = pool.opened(target, said, kept, pool.Recipe(**how, late="time" in self.slips))  # type: ignore[arg-type]
+        states, spent = pool.opened(target, said, kept, pool.Recipe(**how, told="late" if "time" in self.slips else self.time))  # type: ignore[arg-type]
         plain, c_, B = target.tokens([*said, *kept]), range(len(said), len(said) + len(kept)), self.batch
         w = target.trainable(self.params)  # theta
         opt, latest = torch.optim.Adam(w.values(), lr=self.lr), Latest()
@@ -129,9 +154,10 @@ class AdvUnlearn(Method):
         for i in target.steps(self.steps, opt, states, latest):
             c = int(torch.randint(len(said), ()))
             attacked = i >= self.warmup and self.attack_steps > 0
-            if attacked:
+            fresh = attacked and ((i - self.warmup) % self.attack_every == 0 or c not in latest.delta)
+            if fresh:
                 latest.delta[c], found = self.attacked(target, states, c, spots[c], latest.delta.get(c))
-            others = states.deal(self.retain_batch, c_) if holds and self.retain == "reg" else []
+            others = self.dealt(states, c_, i) if holds and self.retain == "reg" else []
             x_t, t, e_c, e_0 = states.draw([c] * B + others)  # B + R rows
             goal = torch.cat([e_0 - self.eta * (e_c[:B] - e_0), e_c[B:]]).float()
             if attacked:
@@ -142,49 +168,30 @@ class AdvUnlearn(Method):
             row = {"erase": (loss := F.mse_loss(e[:B], goal[:B]))}
             if others:
                 row["retain"] = F.mse_loss(e[B:], goal[B:])
-                loss = loss + self.gamma * row["retain"]
+                loss = loss + float(self.gamma) * row["retain"]
             _update(opt, loss)
             if self.retain == "iter":
-                others = states.deal(self.retain_batch, c_)
+                others = self.dealt(states, c_, i)
                 x_t, t, e_c, _ = states.draw(others)
                 row["retain"] = F.mse_loss(target.eps(x_t, t, target.encode(plain[others])).float(), e_c.float())
                 _update(opt, row["retain"])
-            row = {"loss": loss, **row, **({"attack": found} if attacked else {})}
+            row = {"loss": loss, **row, **({"attack": found} if fresh else {})}
             values = torch.stack([v.detach() for v in row.values()]).tolist()  # the device is waited for once
             yield dict(zip(row, values, strict=True)) | (spent.row if i == 0 else {})
 
+    def dealt(self, states: pool.Pool, c_: range, i: int) -> list[int]:
+        """Which retain prompts the update ``i`` holds: the empty one, first of ``c_``, as often as its share says, and the next others."""
+        if self.null_share == "listed":
+            return states.deal(self.retain_batch, c_)
+        rows = self.retain_batch * self.null_share
+        empty = int(round((i + 1) * rows, 6)) - int(round(i * rows, 6))  # what is owed so far, less what was held
+        return [c_[0]] * empty + states.deal(self.retain_batch - empty, c_[1:])
+
     def attacked(self, target: TextToImage, states: pool.Pool, c: int, spot: Spot, start: Deltas | None) -> tuple[Deltas, Tensor]:
         """delta* of concept ``c``, (k, D) for each text encoder, and the attacker's loss, a scalar."""
-        R, B = self.restarts, self.attack_batch
-        first = torch.randint(target.vocabulary, (R, len(spot[1]))).to(target.device)
-        delta = [table[first].float().detach() for table in tables(target)]  # (R, k, D)
-        if start is not None and self.init == "latest":
-            delta = [torch.cat([old[None], d[1:]]) for old, d in zip(start, delta, strict=True)]
-        opt = torch.optim.Adam([d.requires_grad_() for d in delta], lr=self.attack_lr)
-        total, before = [torch.zeros_like(d) for d in delta], delta
-
-        def losses() -> Tensor:
-            x_t, t, e_c, _ = states.draw([c] * B)
-            prompts = encode(target, spot, tuple(delta), self.place)  # R rows
-            e = target.eps(x_t.repeat(R, 1, 1, 1), t.repeat(R), prompts[torch.arange(R).repeat_interleave(B)]).float()
-            return (e - e_c.repeat(R, 1, 1, 1)).square().flatten(1).mean(1).view(R, B).mean(1)
-
-        for _ in range(1 if self.attack == "fgsm" else self.attack_steps):
-            loss = losses()  # (R,), each restart's own
-            g = torch.autograd.grad(loss.sum(), delta)  # of delta alone: no weight's gradient is computed
-            total = [s + d if "sum" in self.slips else d for s, d in zip(total, g, strict=True)]
-            before = [d.detach().clone() for d in delta]
-            for d, slope in zip(delta, total, strict=True):
-                d.grad = slope
-                if self.attack != "adam":
-                    d.data -= self.attack_lr * slope.sign()
-            if self.attack == "adam":
-                opt.step()
-        if R > 1:
-            with torch.no_grad():
-                loss = losses()  # of what will be used, on states that all restarts share
-        best = int(loss.argmin())
-        return tuple(d.detach()[best] for d in (before if "stale" in self.slips else delta)), loss.detach()[best]
+        drawn, old = partial(states.draw, [c] * self.attack_batch), start if self.init == "latest" else None
+        descent = self.attack, self.attack_steps, self.attack_lr, self.slips
+        return attack(target, spot, self.place, drawn, *descent, restarts=self.restarts, start=old)
 
 
 def _update(opt: torch.optim.Optimizer, loss: Tensor) -> None:

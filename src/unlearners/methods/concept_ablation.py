@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
 from .. import optim, saliency
-from ..base import Method, Row, Task
+from ..base import Auto, Method, Row, Task
 from ..errors import UsageError
 from ..latents import drawn, instead
 from ..targets.base import TextToImage
@@ -29,6 +30,8 @@ SAYS: dict[str, tuple[str, ...]] = {
     "nsfw": ("{}", "a photo of {}", *(f"{{}} {s}" for s in SCENES)),
 }
 """phrases with {} for the concept or its anchor, by kind of concept"""
+RECIPE: Mapping[str, Any] = {"params": "xattn-kv", "steps": 100, "lr": 2e-6, "prior": 0.0}
+NUDITY: Mapping[str, Any] = {"params": "attn", "steps": 400, "lr": 4e-6, "prior": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,51 +63,59 @@ class ConceptAblation(Method):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {},
         "noise": {"variant": "noise"},
-        "memorised": {"params": "full", "steps": 400, "lr": 5e-7},
-        "nudity": {"params": "attn", "steps": 400, "lr": 4e-6, "prior": 1.0},
-        "unlearncanvas-style": {"steps": 1000, "batch": 4, "pictures": 200},
-        "unlearncanvas-object": {"steps": 2000, "batch": 4, "pictures": 80},
-        "canvas": {"steps": 100, "lr": 3e-5, "pictures": 100},
+        "memorised": {**RECIPE, "params": "full", "steps": 400, "lr": 5e-7},
+        "nudity": NUDITY,
+        "unlearncanvas-style": {**RECIPE, "steps": 1000, "batch": 4, "pictures": 200},
+        "unlearncanvas-object": {**RECIPE, "steps": 2000, "batch": 4, "pictures": 80},
+        "canvas": {**RECIPE, "lr": 3e-5, "pictures": 100},
     }
 
-    params: str = "xattn-kv"
-    """weights to train: xattn-kv, attn, full, embedding (of the concepts' tokens), another group or a regular expression"""
+    params: str = "auto"
+    """weights to train: xattn-kv, attn, full, embedding (of the concepts' tokens), another group or a regular expression; auto is the
+    paper's: attn for nsfw (nudity), xattn-kv for all else"""
     variant: Literal["model", "noise"] = "model"
     """what eps_theta(x_t, c*) is to become: eps_theta(x_t, c), or the noise in the anchor's picture"""
-    steps: int = 100
-    """optimiser steps"""
+    steps: int | Auto = "auto"
+    """optimiser steps; auto is the paper's: 400 for nsfw, 100 for all else"""
     batch: int = 8
     """pictures in each step"""
-    lr: float = 2e-6
-    """learning rate for each picture of a batch: the optimiser gets batch times as much"""
+    lr: float | Auto = "auto"
+    """learning rate for each picture of a batch: the optimiser gets batch times as much; auto is the paper's: 4e-6 for nsfw, else 2e-6"""
     optimizer: optim.Optimizer = "adamw"
     """sgd, adam or adamw"""
     weight_decay: float = 0.01
     """weight decay"""
-    prior: float = 0.0
-    """lambda, the weight of the anchor's own pictures and prompts; 1 is the authors' where they use it"""
+    prior: float | Auto = "auto"
+    """lambda, the weight of the anchor's own pictures and prompts; auto is the authors': 1 for nsfw, 0 for all else"""
     pictures: int = 1000
     """pictures of the anchors that the model draws"""
     prompts: tuple[str, ...] = ()
     """phrases with {} for the concept and its anchor; empty chooses them by the kind of concept and adds the task's"""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.pictures) < 1 or self.prior < 0:
+        steps, prior = 1 if self.steps == "auto" else self.steps, 0 if self.prior == "auto" else self.prior
+        if min(steps, self.batch, self.pictures) < 1 or prior < 0:
             raise UsageError("steps, batch and pictures must be at least 1, and prior at least 0")
         if any("{}" not in p for p in self.prompts):
             raise UsageError("each prompt needs {} where the concept goes, for example 'an image of {}'")
 
+    def resolve(self, target: TextToImage, task: Task) -> Self:
+        recipe = NUDITY if task.kind == "nsfw" else RECIPE
+        return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) == "auto"})
+
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
+        target.differentiable()
         concepts, anchors = self.pairs(task)  # c*, c: the same prompts with the concept and with its anchor
         D = drawn(target, anchors, self.pictures).loader(self.batch)  # x ~ p(. | c); picture i has prompt i mod len(anchors)
         w = target.trainable(self.params)  # theta
         free = saliency.Freeze(w, {n: self.moves(n, p, target, task) for n, p in w.items()})
-        opt = optim.make(self.optimizer, w.values(), lr=self.lr * self.batch, weight_decay=self.weight_decay)
+        opt = optim.make(self.optimizer, w.values(), lr=float(self.lr) * self.batch, weight_decay=self.weight_decay)
         text_trains = any(n.startswith("text_encoder") for n in w)
         with torch.no_grad():
             said = target.encode(list(concepts)), target.encode(list(anchors))
 
-        for _ in target.steps(self.steps, opt, D):
+        prior = float(self.prior)
+        for _ in target.steps(int(self.steps), opt, D):
             if text_trains:
                 said = target.encode(list(concepts)), target.encode(list(anchors))
             k, x_t, t, noise = self.noised(target, D.draw(), len(anchors))  # (B,), (B, 4, h, w), (B,), (B, 4, h, w)
@@ -113,10 +124,10 @@ class ConceptAblation(Method):
                 goal = target.eps(x_t, t, c) if self.variant == "model" else noise
             ablate = F.mse_loss(target.eps(x_t, t, c_star).float(), goal.float())
             parts = {"ablate": ablate}
-            if self.prior:
+            if prior:
                 k, x_t, t, noise = self.noised(target, D.draw(), len(anchors))
                 parts["preserve"] = F.mse_loss(target.eps(x_t, t, said[1][k]).float(), noise.float())
-            loss = ablate + self.prior * parts["preserve"] if self.prior else ablate
+            loss = ablate + prior * parts["preserve"] if prior else ablate
             opt.zero_grad()
             loss.backward()
             free.gradients()
@@ -127,7 +138,7 @@ class ConceptAblation(Method):
     def noised(self, target: TextToImage, batch: Mapping[str, Any], prompts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Which prompt each picture of ``batch`` is of, x_t, t, and what a network that knew the picture would predict (noise, or v)."""
         x_0 = batch["latent"]
-        noise, t = torch.randn_like(x_0), torch.randint(target.train_steps, (len(x_0),), device=x_0.device)
+        noise, t = torch.randn_like(x_0), target.process.draw(len(x_0), device=x_0.device)
         return batch["rows"] % prompts, target.add_noise(x_0, noise, t), t, target.goal(x_0, noise, t)
 
     def pairs(self, task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
