@@ -47,7 +47,7 @@ def task_for(target: Target) -> Task:
         return Task(name="tiny", kind="class", concepts=("b",), probes=probes, seeds=(1, 2), judge="fake", **data)
     if isinstance(target, DualEncoder | Chat):
         data = {"forget": Data(source="tiny", rows="class=b"), "retain": Data(source="tiny", rows="not class=b")}
-        held = Data(source="tiny", split="test")
+        held = Data(source="tiny", split="test", validation=0.5)
         return Task(name="tiny", kind="identity", concepts=("b",), preserve=("a", "c", "d"), holdout=held, judge="fake", **data)
     return replace(from_concept("zq", "style", preserve=("ab",)), judge="clip_zero_shot:model=canvas")
 

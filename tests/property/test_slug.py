@@ -17,8 +17,10 @@ from unlearners import patch, plots, saliency, single_layer, tasks
 from unlearners.base import Data, Task
 from unlearners.data import Examples
 from unlearners.errors import UsageError
+from unlearners.latents import Asked
 from unlearners.methods._pairs import each, sides
 from unlearners.methods._validation import Dual, scorer
+from unlearners.methods.gaft import GAFT
 from unlearners.methods.slug import SLUG
 from unlearners.single_layer import Edit, Layer, Point, Step
 from unlearners.targets.classifier import Classifier
@@ -418,3 +420,12 @@ def test_pictures_and_probabilities_tell_steps_of_equal_utility_apart() -> None:
     labelled = scorer(classifier, task_for(classifier), 1, 3)
     logits, y = classifier.predict(labelled.parts[1])  # type: ignore[attr-defined]
     assert labelled.now()[2] == pytest.approx(100 * float(logits.softmax(1)[torch.arange(len(y)), y].mean()), abs=1e-4)
+
+
+def test_the_mask_of_a_clip_is_of_the_loss_that_ascent_raises() -> None:
+    """SLUG's SalUn baseline: |gradient of mean(1 - cos)|, which does not hang on how the forget set is put into batches."""
+    target, task = named()
+    weights, D_f = target.trainable("full"), target.forgotten(task, Asked())
+    wanted = {n: g.abs() for n, g in saliency.mean(weights, target.forgetting, D_f.batches(64)).items()}
+    found = GAFT(mask="saliency").measured(target, D_f, weights, 4)
+    assert all(torch.allclose(found[n], wanted[n], rtol=1e-3, atol=1e-5) for n in wanted)

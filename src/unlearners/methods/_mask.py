@@ -16,6 +16,7 @@ from ..base import Row, kebab
 from ..data import Examples
 from ..errors import RefusedError, UsageError
 from ..latents import Latents
+from ..targets.base import Learner
 
 Opened = Examples | Latents
 
@@ -71,10 +72,14 @@ class Masked:
             return saliency.choose(kept, self.density, self.mask, self.scope), cached
 
     def measured(self, target: Any, forget: Opened, w: Mapping[str, Tensor], batch: int) -> dict[str, Tensor]:
-        """The statistic of every weight: one pass over D_f in evaluation mode."""
+        """The statistic of every weight: one pass over D_f in evaluation mode, of the loss that ascent raises.
+
+        On dual encoders that is mean(1 - cos), as in SLUG's baseline: their training loss compares within the batch, where every text of
+        D_f may be the same.
+        """
         D_f = forget.loader(batch)
         batches = (D_f.draw() for _ in range(len(D_f))) if self.mask_augment else forget.batches(batch)
-        return saliency.measure(w, target.loss, batches, self.statistic)
+        return saliency.measure(w, target.forgetting, batches, self.statistic)
 
     def kept(self, target: Any, forget: Opened, w: Mapping[str, Tensor], batch: int) -> tuple[dict[str, Tensor], float]:
         """The saliency in ``saliency_file``, and the seconds it took the run that wrote it; written now when there is no such file."""
@@ -82,7 +87,7 @@ class Masked:
         about = saliency.About(
             model=config.content_hash(patch.fingerprint(target.modules)),
             data=config.content_hash([forget.digest, forget.indices.tolist()]),
-            loss=f"{kebab(target)}.loss",
+            loss=f"{kebab(target)}.{'loss' if type(target).forgetting is Learner.forgetting else 'forgetting'}",
             statistic=self.statistic,
             scope=self.scope,
             augment=self.mask_augment,
