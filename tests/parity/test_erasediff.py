@@ -32,7 +32,8 @@ def gradient(loss: Tensor, w: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("eta", [0.1, 5.0])
 def test_a_step_on_class_conditional_diffusion(rule: Any, eta: float) -> None:
     """f from its definition, both gradients in full, lambda number by number, and plain gradient descent."""
-    target, lr, told = DDPM.tiny(seed=1), 0.05, []
+    target, lr = DDPM.tiny(seed=1), 0.05
+    told: list[dict[str, float]] = []
     net = target.frozen().modules["unet"].double()
     w = [p.requires_grad_() for p in net.parameters()]
     theta = flat(w)
@@ -48,7 +49,7 @@ def test_a_step_on_class_conditional_diffusion(rule: Any, eta: float) -> None:
         goals.append(goal(*parts))
         return goals[-1]
 
-    target.eps, target.goal = seen, wanted  # type: ignore[method-assign]
+    target.eps, target.goal = seen, wanted  # type: ignore[method-assign, assignment]
     method = EraseDiff(rule=rule, eta=eta, lamb=0.3, inner=0, epochs=1, steps=1, batch=6, lr=lr, optimizer="sgd", clip=0.0)
     method(target, TASK, seed=3, log=told.append)
 
@@ -65,7 +66,7 @@ def test_a_step_on_class_conditional_diffusion(rule: Any, eta: float) -> None:
     size = sum(b * b for b in g_f.tolist())
     lam = {"constant": 0.3, "paper": max(0.0, (eta - dot) / size), "cosine": max(0.0, eta - dot / (size**0.5 * float(g_r.norm())))}[rule]
     assert told[0]["lambda"] == pytest.approx(lam, rel=1e-3, abs=1e-6)
-    assert told[0]["loss"] == pytest.approx(float(L_r + lam * f), rel=1e-4)
+    assert told[0]["loss"] == pytest.approx((L_r + lam * f).item(), rel=1e-4)
     moved = flat(target.modules["unet"].parameters()) - theta
     expected = -lr * (g_r + lam * g_f)
     assert torch.allclose(moved, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -80,7 +81,8 @@ def test_an_epoch_goes_back_to_its_start(restore: bool) -> None:
     w = [p.requires_grad_() for p in net.parameters()]
     theta = flat(w)
     batches: list[dict[str, Any]] = []
-    loss, told = target.loss, []
+    loss = target.loss
+    told: list[dict[str, float]] = []
 
     def seen(batch: Any) -> Tensor:
         batches.append(dict(batch))

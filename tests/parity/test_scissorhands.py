@@ -56,7 +56,8 @@ class Seen:
 @pytest.mark.parametrize("statistic", ["abs_sum", "sum_abs"])
 @pytest.mark.parametrize("memories", [1, 3])
 def test_trim_and_the_first_step(statistic: Any, memories: int) -> None:
-    seen, lr, lam, margin, ridge, told = Seen(), 0.1, 0.02, 0.5, 1e-3, []
+    seen, lr, lam, margin, ridge = Seen(), 0.1, 0.02, 0.5, 1e-3
+    told: list[dict[str, float]] = []
     method = Scissorhands(
         trim="", statistic=statistic, sparsity=0.9, prune_num=2, memory_num=memories, project=True, margin=margin, ridge=ridge, lamb=lam,
         epochs=1, steps=1, batch=8, lr=lr, optimizer="sgd", norm="freeze",

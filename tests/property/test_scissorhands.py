@@ -10,6 +10,7 @@ import torch
 
 from unlearners.base import Task, settle
 from unlearners.errors import UsageError
+from unlearners.latents import Asked
 from unlearners.methods import _gradients as gradients
 from unlearners.methods.erasediff import POKEMON, EraseDiff
 from unlearners.methods.scissorhands import LATE, Scissorhands
@@ -142,8 +143,6 @@ def test_exactly_that_many_weights_start_anew(family: str, sparsity: float) -> N
     norms = {p for m in target.modules.values() for x in m.modules() if "Norm" in type(x).__name__ for p in x.parameters()}
     assert late and not any(p in norms for p in late.values())
     start = {n: p.detach().clone() for n, p in w.items()}
-    from unlearners.latents import Asked
-
     D_f = target.forgotten(task_for(target), Asked(pictures=2)).loader(4)
     total = sum(p.numel() for p in late.values())
     cut = method.cut(target, D_f, late)
@@ -189,7 +188,8 @@ def test_a_step_that_lowers_no_memory_is_left_as_it_is() -> None:
 
 
 def test_the_log_says_what_was_trimmed_and_projected() -> None:
-    target, told = Classifier.tiny(), []
+    target = Classifier.tiny()
+    told: list[dict[str, float]] = []
     Scissorhands(epochs=1, batch=8, project=True, memory_num=2)(target, task_for(target), log=told.append)
     assert told[0]["trimmed"] > 0 and not any("trimmed" in row for row in told[1:])
     paired = [row for row in told if "forget" in row]

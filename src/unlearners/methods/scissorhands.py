@@ -131,7 +131,7 @@ class Scissorhands(Method):
         sees = isinstance(target, Trainable) and not isinstance(target, Denoiser)  # as in ``resolve``
         decay = 5e-4 if self.optimizer == "sgd" else 0.0
         opt = optim.make(self.optimizer, w.values(), lr=float(self.lr), weight_decay=decay)  # type: ignore[arg-type]
-        epoch, memory = self.steps or len(D_r if sees else D_f), _Memory()
+        epoch, lam, memory = self.steps or len(D_r if sees else D_f), float(self.lamb), _Memory()
 
         for i in target.steps(int(self.epochs) * epoch, opt, D_f, D_r, memory):
             first: Row = {"trimmed": float(self.cut(target, forget.loader(batch), late))} if i == 0 else {}
@@ -146,8 +146,8 @@ class Scissorhands(Method):
                 g = dict(zip(w, gradients.of(L_r, w), strict=True))
             else:
                 L_f = target.forgetting(D_f.draw())
-                g = dict(zip(w, gradients.of(L_r - self.lamb * L_f, w), strict=True))
-                row |= {"loss": L_r.item() - self.lamb * L_f.item(), "forget": L_f.item()}
+                g = dict(zip(w, gradients.of(L_r - lam * L_f, w), strict=True))
+                row |= {"loss": L_r.item() - lam * L_f.item(), "forget": L_f.item()}
                 if self.project:
                     own, told = self.projected([g[n] for n in late], memory.g)
                     g |= zip(late, own, strict=True)
