@@ -56,7 +56,7 @@ class RECE(Method):
         "object": {**neighbours.NAMED, "derive": 0.1, "rounds": 1},
         "hard_object": {**neighbours.NAMED, "derive": 1e-3, "rounds": 1},
         "release": {**neighbours.NAMED, "positions": "prompt"},
-        "canvas": {},
+        "canvas": neighbours.NAMED,
     }
 
     params: str = "xattn-kv"
