@@ -21,6 +21,7 @@ from unlearners.targets.clip import CLIP
 from unlearners.targets.ddpm import DDPM
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import from_concept
+from unlearners.verbs.base import cut
 
 TASK = Task(
     name="t",
@@ -273,3 +274,10 @@ def test_and_on_a_dual_encoder(name: str) -> None:
     task = Task(name="tiny", kind="identity", concepts=("b",), preserve=("a", "c", "d"), holdout=held, **data)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--dtype bfloat16"):
         registry.make("methods", name)(amp(CLIP.tiny), task)
+
+
+# --- dry runs -----------------------------------------------------------------------------------------------------
+def test_a_dry_run_leaves_the_saliency_file_alone(tmp_path: Path) -> None:
+    method = SalUn(saliency_file=str(tmp_path / "s"))
+    assert cut(method).saliency_file == ""
+    assert cut(make("ft", mask="saliency", saliency_file=str(tmp_path / "s"))).saliency_file == ""
