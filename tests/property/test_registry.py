@@ -13,7 +13,7 @@ import pytest
 from unlearners import registry
 from unlearners.errors import UsageError
 
-CLASSES = [k for k in registry.KINDS if k != "tasks"]
+CLASSES = [k for k in registry.KINDS if k not in registry.WRITTEN]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -35,6 +35,13 @@ def test_tasks_are_the_yaml_files() -> None:
         assert registry.path("tasks", name).is_file()
     with pytest.raises(UsageError, match="YAML file"):
         registry.get("tasks", "canvas/neon")
+
+
+def test_recipes_are_the_yaml_files() -> None:
+    folder = registry.PACKAGE / "recipes"
+    assert {p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.yaml")} <= set(registry.names("recipes"))
+    with pytest.raises(UsageError, match="unlearn train"):
+        registry.get("recipes", "cifar10/resnet18")
 
 
 @pytest.mark.parametrize("kind", CLASSES)
