@@ -152,8 +152,8 @@ def cut(part: Any) -> Any:
             lower[f.name] = min(value, CUT[f.name])
         elif f.name == "goal":
             lower[f.name] = -1.0  # random weights know nothing that could be forgotten
-        elif f.name == "patch":
-            lower[f.name] = ""  # no patch of a model fits the tiny one
+        elif f.name in ("patch", "saliency_file"):
+            lower[f.name] = ""  # no file of a model fits the tiny one, and none is to be written of it
     return dataclasses.replace(part, **lower)
 
 
