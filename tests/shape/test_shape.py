@@ -17,6 +17,7 @@ FOLDERS = ("methods", "attacks", "metrics", "judges", "exports")
 LAYERS = (
     {"errors"},
     {"registry", "config", "patch", "diffusion", "finite", "meter", "noise_process", "sandbox", "schedulers"},
+    {"task"},
     {"base"},
     {
         "attention",
@@ -35,7 +36,7 @@ LAYERS = (
         "nets",
         "optim",
     }
-    | {"places", "pool", "retain", "saliency", "single_layer"},
+    | {"neighbours", "places", "pool", "retain", "saliency", "single_layer"},
     {"session"},
     {"targets", "tasks", "judges"},
     {"attacks", "metrics"},
