@@ -26,8 +26,7 @@ class Masked:
     """The fields of a mask. With ``none`` every weight that ``params`` selects may move, and nothing is computed."""
 
     mask: Literal["none", "saliency", "random", "inverted", "all"] = config.later("none")
-    """which weights may move (SalUn's mask): none has no mask; saliency takes the weights that matter most for the forget set; random and
-    inverted are its controls; all takes every weight"""
+    """which weights may move: all (none, all), those that matter most for D_f (saliency, SalUn's), or controls (random, inverted)"""
     density: float = config.later(0.5)
     """share of the weights in the mask, above 0 and at most 1"""
     statistic: saliency.Statistic = config.later("abs_sum")

@@ -29,8 +29,8 @@ class FMN(Method):
     positions of the concept's tokens and of the end token ("pooler"). Nothing in the loss says what is to stay; ``keep`` does.
 
     Pictures are the task's (``forget``), or are drawn by the original model from the concept's prompts.
-    Logged: ``stage`` is 1 or 2; ``loss`` the denoising error, then the norm above; ``length`` in stage 1 the mean length of the embeddings;
-    ``attention`` in stage 2 the mean probability of a position in P (1 / L over all positions); ``kept`` the mean change under ``keep``.
+    Logged: ``stage`` is 1 or 2; ``loss`` the denoising error, then the norm above; ``length`` in stage 1 the embeddings' mean length
+    and ``attention`` in stage 2 the mean probability of a position in P, 1 / L over all; ``kept`` the mean squared change of what stays.
 
     Deviations from the authors' code:
     1. Positions are chosen row by row; theirs are wrong once the rows of a batch differ in them.

@@ -57,11 +57,9 @@ class RL(Method):
     drop: Literal["retain", "both"] = config.later("retain")
     """where diffusion drops one label in ten: on retained images (retain), or also in both passes of forgetting (both, the release's)"""
     order: Order = "joint"
-    """joint: a batch of each set in every step; sequential: each epoch a pass over D_f, then one over D_r; mixed: both sets shuffled into
-    one"""
+    """joint: a batch of each set in every step; sequential: each epoch a pass over D_f, then one over D_r; mixed: both shuffled together"""
     alpha: float | Auto = "auto"
-    """weight of the retained data in joint order; 0 stands for |D_r| / |D_f|, at which every example weighs the same. The other orders
-    have none"""
+    """weight of the retained data in joint order, the only one with a weight; 0 is |D_r| / |D_f|: every example weighs the same"""
     epochs: int | Auto = "auto"
     """passes over the retained data"""
     steps: int | Auto = "auto"
