@@ -123,6 +123,13 @@ def choose(target: Any, task: Task) -> Neighbours:
     return Neighbours(tuple(own), tuple(other), tuple(dict.fromkeys(templates)), tuple(spread(own, GUIDES)), unique)
 
 
+def lists(task: Task) -> str:
+    """The retain lists (see ``retain.prompts``) of a method that holds many prompts, joined by "+"."""
+    if task.kind == "nsfw" or (task.kind == "identity" and "preserve" in task.usual):
+        return "everyday+people"
+    return "everyday+styles" if task.kind in ("style", "object") and "preserve" in task.usual else "everyday"
+
+
 def spread(items: Sequence[str], n: int) -> list[str]:
     """At most ``n`` of ``items``, evenly from the first to the last."""
     return [items[i * len(items) // n] for i in range(n)] if len(items) > n else list(items)

@@ -15,6 +15,9 @@ from unlearners import closed_form, neighbours, retain, run, tasks
 from unlearners.base import Task, settle
 from unlearners.cli import main
 from unlearners.errors import UsageError
+from unlearners.methods.advunlearn import AdvUnlearn
+from unlearners.methods.concept_ablation import ConceptAblation
+from unlearners.methods.esd import ESD
 from unlearners.methods.rece import RECE
 from unlearners.methods.speed import SPEED
 from unlearners.methods.uce import UCE
@@ -139,6 +142,55 @@ def test_many_vectors_are_gathered_into_few_of_the_same_second_moment(tiny: Stab
     assert n == len(all_)
     assert len(few_) <= all_.shape[1]
     assert torch.allclose(few_.T @ few_, all_.T @ all_, rtol=1e-10)
+
+
+# --- methods that train -------------------------------------------------------------------------------------------
+def test_esd_fast_says_the_concept_beside_other_things_and_holds_what_stays(tiny: StableDiffusion, few: None) -> None:
+    fast, alone = ESD(**ESD.presets["fast"]), from_concept("zq", "object")
+    settled = settle(fast, tiny, alone)
+    assert settled.templates == neighbours.choose(tiny, alone).templates
+    assert "" in settled.preserved
+    assert len(settled.preserved) > 4
+    assert settled.params == "xattn"
+    for task in (from_concept("zq", "object", preserve=("ink",)), Task(name="t", kind="class", concepts=("zq",))):
+        assert (settle(fast, tiny, task).templates, settle(fast, tiny, task).preserved) == ((), ())
+    for preset in ("paper", "release"):
+        assert (settle(ESD(**ESD.presets[preset]), tiny, alone).templates, settle(ESD(), tiny, alone).preserved) == ((), ())
+
+
+def test_what_esd_holds_is_where_it_was_at_the_start_and_pulls_afterwards(few: None) -> None:
+    how, rows = {"sampler_steps": 2, "batch": 2, "pool": 2, "steps": 3, "lr": 1e-2}, []
+    ESD(**{**ESD.presets["fast"], **how})(StableDiffusion.tiny(seed=3), from_concept("zq", "style"), log=rows.append)
+    assert rows[0]["stays"] == 0
+    assert rows[2]["stays"] > 0
+    ends = []
+    for hold in (0.0, 100.0):
+        target = StableDiffusion.tiny(seed=3)
+        ESD(**{**ESD.presets["fast"], **how, "hold": hold})(target, from_concept("zq", "style"))
+        ends.append(torch.cat([p.flatten() for p in target.select("xattn").values()]))
+    assert not torch.equal(*ends)
+
+
+def test_concept_ablation_takes_neighbours_in_turn_for_an_anchor_that_nobody_named(tiny: StableDiffusion, few: None) -> None:
+    alone = from_concept("zq", "object")
+    settled = settle(ConceptAblation(), tiny, alone)
+    assert settled.anchors == neighbours.choose(tiny, alone).guide
+    concepts, anchors = settled.pairs(alone)
+    assert all("zq" in c for c in concepts)
+    assert {w for w in settled.anchors for a in anchors if w in a} == set(settled.anchors)
+    assert settle(ConceptAblation(), tiny, from_concept("zq", "object", anchors=("ink",))).anchors == ()
+    assert settle(ConceptAblation(**ConceptAblation.presets["canvas"]), tiny, alone).anchors == ()
+
+
+def test_advunlearn_adds_the_list_of_the_kind_where_nobody_names_neighbours(tiny: StableDiffusion) -> None:
+    sets = {k: settle(AdvUnlearn(), tiny, from_concept("zq", k)).retain_set for k in ("style", "object", "identity", "nsfw")}  # type: ignore[arg-type]
+    assert sets == {
+        "style": "everyday+styles",
+        "object": "everyday+styles",
+        "identity": "everyday+people",
+        "nsfw": "everyday+people",
+    }
+    assert settle(AdvUnlearn(), tiny, from_concept("zq", "style", preserve=("ink",))).retain_set == "everyday"
 
 
 # --- what is said of it -------------------------------------------------------------------------------------------

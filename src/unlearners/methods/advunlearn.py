@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import pool, retain
+from .. import neighbours, pool, retain
 from ..base import Auto, Method, Row, Task
 from ..config import later
 from ..errors import UsageError
@@ -85,7 +85,7 @@ class AdvUnlearn(Method):
     """retain prompts in each update"""
     retain_set: str = "auto"
     """several joined by +: everyday, people, scenes, styles (our lists), preserve (the task's neighbours), canvas, coco_object, imagenet,
-    hub:NAME (class names), a file with a prompt in each line or a CSV column; auto: everyday, with people for nsfw"""
+    hub:NAME (class names), a file with a prompt in each line or a CSV column; auto: everyday, + people or styles by kind"""
     null_share: float | Literal["listed"] = 0.2
     """share of the retain rows that are the empty prompt, which guidance starts from; listed: as often as any other prompt of the list"""
     filtered: bool = later(True)
@@ -135,7 +135,7 @@ class AdvUnlearn(Method):
             raise UsageError(f"counts must be at least 1, {bounds}")
 
     def resolve(self, target: TextToImage, task: Task) -> Self:
-        gamma, kept = (0.3, "everyday+people") if task.kind == "nsfw" else (0.5, "everyday")
+        gamma, kept = 0.3 if task.kind == "nsfw" else 0.5, neighbours.lists(task)
         named = kept if self.retain_set == "auto" else self.retain_set
         return replace(self, gamma=gamma if self.gamma == "auto" else self.gamma, retain_set=named)
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import optim, saliency
+from .. import neighbours, optim, saliency
 from ..base import Auto, Method, Row, Task
+from ..config import later
 from ..errors import UsageError
 from ..latents import drawn, instead
 from ..targets.base import TextToImage
@@ -61,13 +62,13 @@ class ConceptAblation(Method):
     paper: ClassVar[str] = "arXiv:2303.13516"
     needs: ClassVar[type] = TextToImage
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper": {},
-        "noise": {"variant": "noise"},
-        "memorised": {**RECIPE, "params": "full", "steps": 400, "lr": 5e-7},
-        "nudity": NUDITY,
-        "unlearncanvas-style": {**RECIPE, "steps": 1000, "batch": 4, "pictures": 200},
-        "unlearncanvas-object": {**RECIPE, "steps": 2000, "batch": 4, "pictures": 80},
-        "canvas": {**RECIPE, "lr": 3e-5, "pictures": 100},
+        "paper": {"anchors": ()},
+        "noise": {"anchors": (), "variant": "noise"},
+        "memorised": {**RECIPE, "anchors": (), "params": "full", "steps": 400, "lr": 5e-7},
+        "nudity": {**NUDITY, "anchors": ()},
+        "unlearncanvas-style": {**RECIPE, "anchors": (), "steps": 1000, "batch": 4, "pictures": 200},
+        "unlearncanvas-object": {**RECIPE, "anchors": (), "steps": 2000, "batch": 4, "pictures": 80},
+        "canvas": {**RECIPE, "anchors": (), "lr": 3e-5, "pictures": 100},
     }
 
     params: str = "auto"
@@ -91,6 +92,9 @@ class ConceptAblation(Method):
     """pictures of the anchors that the model draws"""
     prompts: tuple[str, ...] = ()
     """phrases with {} for the concept and its anchor; empty chooses them by the kind of concept and adds the task's"""
+    anchors: tuple[str, ...] | Auto = later("auto")
+    """words that take turns as the anchor, a phrase each; auto chooses neighbours of the concept for --concept without --anchor; empty: the
+    task's anchor"""
 
     def __post_init__(self) -> None:
         steps, prior = 1 if self.steps == "auto" else self.steps, 0 if self.prior == "auto" else self.prior
@@ -101,7 +105,11 @@ class ConceptAblation(Method):
 
     def resolve(self, target: TextToImage, task: Task) -> Self:
         recipe = NUDITY if task.kind == "nsfw" else RECIPE
-        return replace(self, **{name: value for name, value in recipe.items() if getattr(self, name) == "auto"})
+        own = {name: value for name, value in recipe.items() if getattr(self, name) == "auto"}
+        if self.anchors == "auto":
+            chosen = not neighbours.named(task, "anchors") and "anchors" in task.usual and task.kind in neighbours.KINDS
+            own["anchors"] = neighbours.choose(target, task).guide if chosen else ()
+        return replace(self, **own)
 
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
         target.differentiable()
@@ -144,7 +152,13 @@ class ConceptAblation(Method):
     def pairs(self, task: Task) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Prompts of the concepts and, one for one, of their anchors; the concepts take turns."""
         says = self.prompts or SAYS.get(task.kind, SAYS["object"])
-        found = [(s.format(c), s.format(task.anchor(i)) if task.anchor(i) else "") for s in says for i, c in enumerate(task.concepts)]
+        turns = [self.anchors[j % len(self.anchors)] if self.anchors else None for j in range(len(says))]
+        anchored = [
+            (s, c, task.anchor(i) if turn is None else turn)
+            for s, turn in zip(says, turns, strict=True)
+            for i, c in enumerate(task.concepts)
+        ]
+        found = [(s.format(c), s.format(a) if a else "") for s, c, a in anchored]
         if not self.prompts:
             found = [*((p, instead(task, p)) for p in task.prompts), *found]
         concepts, anchors = zip(*dict(found).items(), strict=True)
@@ -155,7 +169,7 @@ class ConceptAblation(Method):
         moves = torch.ones_like(weight, dtype=torch.bool)
         if "token_embedding" not in name:
             return moves
-        mine, theirs = (set(target.tokens(list(words)).flatten().tolist()) for words in (task.concepts, (*task.anchors, "")))
+        mine, theirs = (set(target.tokens(list(words)).flatten().tolist()) for words in (task.concepts, (*task.anchors, *self.anchors, "")))
         if not (rows := sorted(mine - theirs)):
             raise UsageError(f"every token of '{task.concepts[0]}' is also one of its anchor; give another anchor, or params xattn-kv")
         moves.fill_(False)[rows] = True

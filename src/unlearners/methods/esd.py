@@ -8,12 +8,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from typing_extensions import Self
 
+from .. import closed_form, neighbours
 from ..base import Auto, Method, Row, Target, Task
+from ..config import later
 from ..diffusion import TrajectoryPool, states
 from ..errors import UsageError
-from ..targets.base import Denoiser
+from ..targets.base import Denoiser, TextToImage
+
+SHORT = 2e-4
+ALONE: Mapping[str, Any] = {"params": "xattn", "eta": 4.0, "lr": 5e-4}
+"""of a run whose templates or preserved are "auto": its lr where the task names neighbours, and all that goes with chosen ones"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,7 @@ class ESD(Method):
     self-attention, full the whole UNet.
 
     Logged: ``loss`` is the mean squared error of the equation above; ``distance`` is ||eps_theta - eps_0(., c)|| /
-    ||eps_0(., c)||, how far the concept's prediction has moved (0 at the start).
+    ||eps_0(., c)||, how far the concept's prediction has moved (0 at the start); ``stays`` the error on what is held, where it is.
 
     Deviations from the authors' code:
     1. One eta convention, the paper's. The 2025 release writes its target as eps_0(c) - eta' [eps_0(c) - eps_0], so its
@@ -39,6 +46,9 @@ class ESD(Method):
     5. ``pool`` and ``batch`` are ours: one sampled trajectory feeds many updates. 0 and 1 are the paper's procedure.
     6. Fields that are "auto" go by the kind of concept and by the model: the paper trains ESD-x for styles and identities and ESD-u
        for nudity and objects; for SDXL there is only the 2025 script, whose settings are taken (preset ``release-sdxl``).
+    7. ``templates`` and ``preserved`` are ours: the concept is also said beside other things, and prompts of what stays are held where
+       they were by ``hold`` ||eps_theta(x~_t, c~) - eps_0(x~_t, c~)||^2. Preset ``fast`` chooses both where the task names no neighbours
+       (``--concept`` alone); it then trains the cross-attention, more strongly (``ALONE``). ESD has neither.
     """
 
     paper: ClassVar[str] = "arXiv:2303.07345"
@@ -56,7 +66,16 @@ class ESD(Method):
             "sampler": "pipeline",
             "time": "grid",
         },
-        "fast": {"steps": 200, "lr": 2e-4, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000},
+        "fast": {
+            "steps": 200,
+            "x_from": "frozen",
+            "sampler_steps": 25,
+            "batch": 8,
+            "pool": 16,
+            "refresh": 1000,
+            "templates": "auto",
+            "preserved": "auto",
+        },
     }
 
     params: str = "auto"
@@ -65,7 +84,7 @@ class ESD(Method):
     steps: int | Auto = "auto"
     """optimizer steps; auto: 1000, and 200 on SDXL"""
     lr: float | Auto = "auto"
-    """learning rate of Adam; auto: 1e-5, and 2e-4 for the cross-attention of SDXL"""
+    """learning rate of Adam; auto: 1e-5, and 2e-4 for the cross-attention of SDXL; with preset fast 2e-4, and 5e-4 in text alone"""
     eta: float | Auto = "auto"
     """negative guidance; 0 teaches the unconditional prediction; auto: 1, and 0 on SDXL"""
     batch: int = 1
@@ -88,12 +107,22 @@ class ESD(Method):
     erase_from: str = ""
     """take the concept out of this prompt only: x_t and the student see it, the target is eps_0(from) - (1 + eta) [eps_0(c) - eps_0]"""
 
+    templates: tuple[str, ...] | Auto = later(())
+    """phrases with {} for the concept, in place of the task's prompts; auto chooses them where the task names no neighbours"""
+    preserved: tuple[str, ...] | Auto = later(())
+    """prompts that are held; auto chooses them where the task names no neighbours"""
+    hold: float = later(1.0)
+    """weight of holding them"""
+
     def __post_init__(self) -> None:
         steps = 1 if self.steps == "auto" else self.steps
         if min(steps, self.batch, self.sampler_steps, self.refresh) < 1 or self.pool < 0:
             raise UsageError("steps, batch, sampler_steps and refresh must be at least 1, and pool at least 0")
+        closed_form.check_templates(self.templates if self.templates != "auto" else ())
 
     def resolve(self, target: Target, task: Task) -> Self:
+        if "auto" in (self.templates, self.preserved):
+            return self.around(target, task).resolve(target, task)
         named = task.kind in ("style", "identity") or "noxattn" not in target.groups  # a DDPM has classes, which are always named
         params = ("xattn" if named else "noxattn") if self.params == "auto" else self.params
         own = {"steps": 1000, "lr": 1e-5, "eta": 1.0, "guidance": 3.0}
@@ -101,29 +130,42 @@ class ESD(Method):
             own = {"steps": 200, "lr": 2e-4 if params == "xattn" else 1e-5, "eta": 0.0, "guidance": 2.0}
         return replace(self, params=params, **{name: value for name, value in own.items() if getattr(self, name) == "auto"})
 
+    def around(self, target: Target, task: Task) -> Self:
+        """With templates and preserved prompts where they are auto, and what goes with them."""
+        auto = [name for name in ("templates", "preserved") if getattr(self, name) == "auto"]
+        if neighbours.named(task, "preserve") or task.kind not in neighbours.KINDS or not isinstance(target, TextToImage):
+            return replace(self, **dict.fromkeys(auto, ()), lr=SHORT if self.lr == "auto" else self.lr)
+        found = neighbours.choose(target, task)
+        own = {name: value for name, value in ALONE.items() if getattr(self, name) == "auto"}
+        # guidance starts from the empty prompt, so it is held more often than any other
+        chosen = {"templates": found.templates, "preserved": (*[""] * 4, *neighbours.spread(found.preserve, len(found.templates)))}
+        return replace(self, **own, **{name: chosen[name] for name in auto})
+
     def run(self, target: Denoiser, task: Task) -> Iterator[Row]:
         w = target.trainable(self.params)  # theta
         old = target.frozen(w)  # theta_0
         opt, eta = torch.optim.Adam(w.values(), lr=float(self.lr)), float(self.eta)
-        said = [self.erase_from] * len(task.said) if self.erase_from else list(task.said)
+        concepts = [t.format(c) for c in task.concepts for t in self.templates] or list(task.said)
+        said = [self.erase_from] * len(concepts) if self.erase_from else concepts
+        keep = list(self.preserved)
         with torch.no_grad():
-            c, null, shown = old.encode(list(task.said)), old.null(), old.encode(said)
+            c, null, shown = old.encode(concepts), old.null(), old.encode(said)
+            held = old.encode(keep) if keep else null
         text_trains = any(n.startswith("text_encoder") for n in w)
         how: dict[str, Any] = {
-            "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": float(self.guidance), "steps": self.sampler_steps,
+            "size": max(self.pool, len(said)) if self.pool and self.templates else self.pool, "refresh": self.refresh,
+            "batch": self.batch, "guidance": float(self.guidance), "steps": self.sampler_steps,
             "scheduler": target.scheduler if self.sampler == "pipeline" else None,
         }  # fmt: skip
-        pool, width = TrajectoryPool(), max(1, target.train_steps // self.sampler_steps)
+        pool, kept = TrajectoryPool(), TrajectoryPool()
 
-        for _ in target.steps(int(self.steps), opt, pool):
+        for _ in target.steps(int(self.steps), opt, pool, *([kept] if keep else [])):
             model, seen = target if self.x_from == "current" else old, shown
             if text_trains and model is target:
                 with torch.no_grad():
                     seen = target.encode(said)  # what the model in training makes of the prompts
             x_t, t, k = states(model, pool, seen, null, **how)  # (B, 4, h, w), (B,), (B,): x_t ~ p(. | c)
-            if self.time != "grid":
-                shift = torch.randint(width, t.shape) - (width // 2 if self.time == "centered" else 0)
-                t = (t + shift.to(t.device)).clamp(0, target.train_steps - 1)
+            t = self.told(t, target.train_steps)
             with torch.no_grad():
                 e_0, e_c = old.eps(x_t, t, null.repeat(len(k))), old.eps(x_t, t, c[k])
                 away = e_c - e_0
@@ -132,7 +174,24 @@ class ESD(Method):
             student = target.encode([said[i] for i in k]) if text_trains else shown[k]
             e = target.eps(x_t, t, student)
             loss = F.mse_loss(e.float(), goal.float())
+            row = {"loss": loss.item(), "distance": ((e.detach() - e_from).norm() / e_from.norm()).item()}
+            if keep:
+                x_t, t, k = states(old, kept, held, null, **how)  # x~_t ~ p(. | c~)
+                t = self.told(t, target.train_steps)
+                with torch.no_grad():
+                    goal = old.eps(x_t, t, held[k])
+                student = target.encode([keep[i] for i in k]) if text_trains else held[k]
+                stays = F.mse_loss(target.eps(x_t, t, student).float(), goal.float())
+                loss, row["stays"] = loss + self.hold * stays, stays.item()
             opt.zero_grad()
             loss.backward()
             opt.step()
-            yield {"loss": loss.item(), "distance": ((e.detach() - e_from).norm() / e_from.norm()).item()}
+            yield row
+
+    def told(self, t: Tensor, train_steps: int) -> Tensor:
+        """The times that the network is told of states at ``t`` (B,)."""
+        if self.time == "grid":
+            return t
+        width = max(1, train_steps // self.sampler_steps)
+        shift = torch.randint(width, t.shape) - (width // 2 if self.time == "centered" else 0)
+        return (t + shift.to(t.device)).clamp(0, train_steps - 1)
