@@ -289,7 +289,11 @@ def example(cls: Any) -> Example:
 def _fields(fields: list[dict[str, Any]]) -> str:
     if not fields:
         return "None."
-    rows = [(f"`{f['name']}`", code(f["type"]), code(json.dumps(f["default"], ensure_ascii=False)), prose(f["help"])) for f in fields]
+    said = [prose(" ".join(f["help"].split())) for f in fields]  # a row of a table is one line
+    rows = [
+        (f"`{f['name']}`", code(f["type"]), code(json.dumps(f["default"], ensure_ascii=False)), text)
+        for f, text in zip(fields, said, strict=True)
+    ]
     return grid(("field", "type", "default", "meaning"), rows)
 
 

@@ -78,7 +78,7 @@ def cut(part: Any) -> Any:
     """A method, attack or metric with every budget lowered."""
     now = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
     goal = {"goal": -1.0} if "goal" in now else {}  # random weights know nothing that could be forgotten
-    return dataclasses.replace(part, **{k: min(v, CUT[k]) for k, v in now.items() if k in CUT}, **goal)
+    return dataclasses.replace(part, **{k: CUT[k] if v == "auto" else min(v, CUT[k]) for k, v in now.items() if k in CUT}, **goal)
 
 
 def few(task: Task | str) -> Task:
