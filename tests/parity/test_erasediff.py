@@ -113,4 +113,4 @@ def test_an_epoch_goes_back_to_its_start(restore: bool) -> None:
     sure = g[1].abs() > 1e-4 * g[1].abs().max()  # Adam's first step is a sign, which rounding decides near 0
     assert sure.float().mean() > 0.5
     assert torch.allclose(moved[sure], update[sure], rtol=1e-2, atol=1e-3 * lr)
-    assert told[1]["q"] == pytest.approx(float(of(2) - of(0)), rel=1e-3, abs=1e-6)
+    assert told[1]["q"] == pytest.approx((of(2) - of(0)).item(), rel=1e-3, abs=1e-6)

@@ -24,7 +24,7 @@ POKEMON = "a photo of a pokemon"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EraseDiff(Masked, Method):
+class EraseDiff(Method, Masked):
     """EraseDiff (Wu et al., CVPR 2025): keep the retained loss low among the models for which the concept says something else.
 
     Idea: a constrained problem with value function q, solved by first-order steps (BOME).
