@@ -19,8 +19,11 @@ from ..errors import UsageError
 from ..targets.base import Denoiser, TextToImage
 
 SHORT = 2e-4
-ALONE: Mapping[str, Any] = {"params": "xattn", "eta": 4.0, "lr": 5e-4}
-"""of a run whose templates or preserved are "auto": its lr where the task names neighbours, and all that goes with chosen ones"""
+"""lr of a run whose templates or preserved prompts are "auto", where none are chosen"""
+ALONE: Mapping[str, Any] = {"params": "xattn", "eta": 4.0}
+"""what goes with those that are chosen, except eta on SDXL"""
+PACE = 9e-3
+"""their lr as a share of the root mean square of the trained weights"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ class ESD(Method):
        for nudity and objects; for SDXL there is only the 2025 script, whose settings are taken (preset ``release-sdxl``).
     7. ``templates`` and ``preserved`` are ours: the concept is also said beside other things, and prompts of what stays are held where
        they were by ``hold`` ||eps_theta(x~_t, c~) - eps_0(x~_t, c~)||^2. Preset ``fast`` chooses both where the task names no neighbours
-       (``--concept`` alone); it then trains the cross-attention, more strongly (``ALONE``). ESD has neither.
+       (``--concept`` alone, not nudity); it then trains the cross-attention with eta 4 and a lr to scale. ESD has neither.
     """
 
     paper: ClassVar[str] = "arXiv:2303.07345"
@@ -67,16 +70,10 @@ class ESD(Method):
             "time": "grid",
         },
         "fast": {
-            "steps": 200,
-            "x_from": "frozen",
-            "sampler_steps": 25,
-            "batch": 8,
-            "pool": 16,
-            "refresh": 1000,
-            "templates": "auto",
-            "preserved": "auto",
+            "steps": 200, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000,
+            "templates": "auto", "preserved": "auto",
         },
-    }
+    }  # fmt: skip
 
     params: str = "auto"
     """weights to train: xattn (ESD-x), noxattn (ESD-u), selfattn (ESD-self), full, another group or a regular expression; auto: xattn for
@@ -84,7 +81,8 @@ class ESD(Method):
     steps: int | Auto = "auto"
     """optimizer steps; auto: 1000, and 200 on SDXL"""
     lr: float | Auto = "auto"
-    """learning rate of Adam; auto: 1e-5, and 2e-4 for the cross-attention of SDXL; with preset fast 2e-4, and 5e-4 in text alone"""
+    """learning rate of Adam; auto: 1e-5, and 2e-4 for the cross-attention of SDXL; with preset fast 2e-4,
+    and in text alone 0.9 % of the weights' root mean square"""
     eta: float | Auto = "auto"
     """negative guidance; 0 teaches the unconditional prediction; auto: 1, and 0 on SDXL"""
     batch: int = 1
@@ -133,13 +131,15 @@ class ESD(Method):
     def around(self, target: Target, task: Task) -> Self:
         """With templates and preserved prompts where they are auto, and what goes with them."""
         auto = [name for name in ("templates", "preserved") if getattr(self, name) == "auto"]
-        if neighbours.named(task, "preserve") or task.kind not in neighbours.KINDS or not isinstance(target, TextToImage):
+        if neighbours.named(task, "preserve") or task.kind not in ("style", "object", "identity") or not isinstance(target, TextToImage):
             return replace(self, **dict.fromkeys(auto, ()), lr=SHORT if self.lr == "auto" else self.lr)
         found = neighbours.choose(target, task)
-        own = {name: value for name, value in ALONE.items() if getattr(self, name) == "auto"}
+        own = {n: v for n, v in ALONE.items() if getattr(self, n) == "auto" and not (n == "eta" and "text_encoder_2" in target.modules)}
         # guidance starts from the empty prompt, so it is held more often than any other
         chosen = {"templates": found.templates, "preserved": (*[""] * 4, *neighbours.spread(found.preserve, len(found.templates)))}
-        return replace(self, **own, **{name: chosen[name] for name in auto})
+        made = replace(self, **own, **{name: chosen[name] for name in auto})
+        w = torch.cat([p.detach().float().flatten() for p in target.select(made.params).values()])
+        return replace(made, lr=float(f"{PACE * float(w.square().mean().sqrt()):.2g}") if self.lr == "auto" else self.lr)
 
     def run(self, target: Denoiser, task: Task) -> Iterator[Row]:
         w = target.trainable(self.params)  # theta
