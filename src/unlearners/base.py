@@ -241,7 +241,7 @@ def settle(part: Part, target: Any, task: Task) -> Part:
 
     Raises ``UsageError`` when no rule gives a field its value for this kind of task and this family.
     """
-    settled = part.resolve(target, task)
+    settled: Part = part.resolve(target, task)  # type: ignore[assignment]  # of the same class
     for name, value in vars(settled).items():
         if value == "auto":
             raise UsageError(

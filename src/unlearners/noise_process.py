@@ -24,6 +24,10 @@ class NoiseProcess(ABC):
 
     end: float
     """the time of clean data, which ``times`` ends with"""
+    prediction: str
+    """what the network predicts: epsilon, v_prediction or sample"""
+    clip: float | None = None
+    """bound of x_0 in ``step``; None for latents, which have none"""
 
     @abstractmethod
     def scale(self, t: Any, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +115,7 @@ class VariancePreserving(NoiseProcess):
         t = torch.as_tensor(t, dtype=torch.float32, device=like.device).clamp(-1, self.train_steps - 1)
         low = t.floor()
         below, above = (alphas[i.long()] for i in (low, (low + 1).clamp(max=self.train_steps - 1)))
-        ratio = torch.lerp(*(((1 - x) / x).sqrt() for x in (below, above)), (t - low).to(alphas.dtype))
+        ratio = torch.lerp(((1 - below) / below).sqrt(), ((1 - above) / above).sqrt(), (t - low).to(alphas.dtype))
         abar = torch.where(t > low, 1 / (1 + ratio.square()), below)
         shape = [-1, *[1] * (like.dim() - 1)] if t.dim() else [1] * like.dim()
         return (abar**0.5).view(shape).to(like.dtype), ((1 - abar) ** 0.5).view(shape).to(like.dtype)

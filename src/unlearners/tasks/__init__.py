@@ -222,5 +222,5 @@ def from_concept(concepts: str | Sequence[str], kind: Kind, *, anchors: Sequence
         anchors=tuple(anchors) or ((anchor,) if anchor else ()),
         preserve=keep,
         probes=tuple(probes),
-        usual=(*(() if anchors else ("anchors",)), *(() if preserve else ("preserve",))),  # type: ignore[arg-type]
+        usual=(*(() if anchors else ("anchors",)), *(() if preserve else ("preserve",))),
     )
