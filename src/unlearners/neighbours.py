@@ -6,13 +6,13 @@ import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import closed_form, retain
-from .base import Auto, Task
+from .base import Task
 from .errors import UsageError
 
 NEAREST = 0.02
@@ -136,26 +136,12 @@ def spread(items: Sequence[str], n: int) -> list[str]:
 
 
 # --- closed forms -------------------------------------------------------------------------------------------------
-class Editor(Protocol):
-    """The fields of an editor in closed form that go by what stays."""
-
-    params: str
-    tokens: closed_form.Tokens
-    erase_scale: float | Auto
-    preserve_scale: float
-    lamb: float
-    templates: tuple[str, ...]
-    preserved: tuple[str, ...] | Auto
-    guide: tuple[str, ...] | Auto
-    away: float | Auto
-
-
 def named(task: Task, field: Literal["anchors", "preserve"]) -> bool:
     """Whether somebody named the task's neighbours or anchors, rather than that they are the usual ones of its kind."""
     return bool(getattr(task, field)) and field not in task.usual
 
 
-def closed(part: Editor, target: Any, task: Task) -> dict[str, Any]:
+def closed(part: Any, target: Any, task: Task) -> dict[str, Any]:
     """The fields of ``part`` that take the place of "auto".
 
     They are ``NAMED`` where the task or ``part`` names what stays. Else what stays, the templates and the guide are those of ``choose``,
@@ -171,7 +157,7 @@ def closed(part: Editor, target: Any, task: Task) -> dict[str, Any]:
     if part.away == "auto":
         found["away"] = 0.0 if named(task, "anchors") else KINDS[task.kind].away
     if part.erase_scale == "auto":
-        found |= scales(dataclasses.replace(part, **found, erase_scale=1.0), target, task)  # type: ignore[type-var]
+        found |= scales(dataclasses.replace(part, **found, erase_scale=1.0), target, task)
     return found
 
 

@@ -60,14 +60,7 @@ class ESD(Method):
         "paper": {},
         "release": {"steps": 200, "lr": 5e-5, "x_from": "frozen", "sampler": "pipeline", "time": "grid"},
         "release-sdxl": {
-            "params": "xattn",
-            "steps": 200,
-            "lr": 2e-4,
-            "eta": 0.0,
-            "guidance": 2.0,
-            "x_from": "frozen",
-            "sampler": "pipeline",
-            "time": "grid",
+            "params": "xattn", "steps": 200, "lr": 2e-4, "eta": 0.0, "guidance": 2.0, "x_from": "frozen", "sampler": "pipeline", "time": "grid",
         },
         "fast": {
             "steps": 200, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000,
@@ -123,7 +116,7 @@ class ESD(Method):
             return self.around(target, task).resolve(target, task)
         named = task.kind in ("style", "identity") or "noxattn" not in target.groups  # a DDPM has classes, which are always named
         params = ("xattn" if named else "noxattn") if self.params == "auto" else self.params
-        own = {"steps": 1000, "lr": 1e-5, "eta": 1.0, "guidance": 3.0}
+        own: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "eta": 1.0, "guidance": 3.0}
         if "text_encoder_2" in target.modules:  # SDXL
             own = {"steps": 200, "lr": 2e-4 if params == "xattn" else 1e-5, "eta": 0.0, "guidance": 2.0}
         return replace(self, params=params, **{name: value for name, value in own.items() if getattr(self, name) == "auto"})
@@ -132,12 +125,16 @@ class ESD(Method):
         """With templates and preserved prompts where they are auto, and what goes with them."""
         auto = [name for name in ("templates", "preserved") if getattr(self, name) == "auto"]
         if neighbours.named(task, "preserve") or task.kind not in ("style", "object", "identity") or not isinstance(target, TextToImage):
-            return replace(self, **dict.fromkeys(auto, ()), lr=SHORT if self.lr == "auto" else self.lr)
+            none: dict[str, Any] = dict.fromkeys(auto, ())
+            return replace(self, **none, lr=SHORT if self.lr == "auto" else self.lr)
         found = neighbours.choose(target, task)
-        own = {n: v for n, v in ALONE.items() if getattr(self, n) == "auto" and not (n == "eta" and "text_encoder_2" in target.modules)}
+        own: dict[str, Any] = {
+            n: v for n, v in ALONE.items() if getattr(self, n) == "auto" and not (n == "eta" and "text_encoder_2" in target.modules)
+        }
         # guidance starts from the empty prompt, so it is held more often than any other
         chosen = {"templates": found.templates, "preserved": (*[""] * 4, *neighbours.spread(found.preserve, len(found.templates)))}
-        made = replace(self, **own, **{name: chosen[name] for name in auto})
+        own |= {name: chosen[name] for name in auto}
+        made = replace(self, **own)
         w = torch.cat([p.detach().float().flatten() for p in target.select(made.params).values()])
         return replace(made, lr=float(f"{PACE * float(w.square().mean().sqrt()):.2g}") if self.lr == "auto" else self.lr)
 

@@ -87,7 +87,8 @@ class SPEED(Method):
 
     def resolve(self, target: TextToImage, task: Task) -> Self:
         if self.retain != "auto" or neighbours.named(task, "preserve"):
-            return replace(self, **{name: () for name in NAMED if getattr(self, name) == "auto"})
+            none: dict[str, Any] = {name: () for name in NAMED if getattr(self, name) == "auto"}
+            return replace(self, **none)
         around = neighbours.choose(target, task)
         guide = (() if neighbours.named(task, "anchors") else around.guide) if self.guide == "auto" else self.guide
         return replace(self, retain=(*around.own, *around.other), guide=guide)
