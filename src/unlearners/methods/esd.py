@@ -60,7 +60,8 @@ class ESD(Method):
         "paper": {},
         "release": {"steps": 200, "lr": 5e-5, "x_from": "frozen", "sampler": "pipeline", "time": "grid"},
         "release-sdxl": {
-            "params": "xattn", "steps": 200, "lr": 2e-4, "eta": 0.0, "guidance": 2.0, "x_from": "frozen", "sampler": "pipeline", "time": "grid",
+            "params": "xattn", "steps": 200, "lr": 2e-4, "eta": 0.0, "guidance": 2.0, "x_from": "frozen", "sampler": "pipeline",
+            "time": "grid",
         },
         "fast": {
             "steps": 200, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000,
