@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from unlearners import targets
+from unlearners.attacks._guided import Victim, victim
+from unlearners.attacks._search import soft, tables
+from unlearners.attacks.p4d import P4D
 from unlearners.attacks.random_tokens import RandomTokens
-from unlearners.base import Probe, Task
+from unlearners.attacks.unlearndiffatk import UnlearnDiffAtk
+from unlearners.base import Item, Judge, Probe, Task
 from unlearners.errors import RefusedError, UsageError
 from unlearners.exports import export, left_behind
 from unlearners.flags import flags
+from unlearners.methods._guide import TEXTS
 from unlearners.methods.esd import ESD
 from unlearners.methods.negative_prompt import NegativePrompt
-from unlearners.methods.sld import I2P, SLD
-from unlearners.registry import get, names
+from unlearners.methods.sld import SLD
+from unlearners.registry import get, make, names
 from unlearners.run import _original_folder, attack, erase, read_run
 from unlearners.targets.ddpm import DDPM
 from unlearners.testing import FakeJudge
@@ -155,7 +160,23 @@ def test_what_to_steer_away_from(sd: Callable[..., Any]) -> None:
         how = {"steps": 12}
         assert torch.equal(draw(one, **how), draw(two, **how))
         assert not torch.equal(draw(one, **how), draw(other, **how))
-    assert len(set(I2P.split(", "))) == 20
+    assert all(len(set(text.split(", "))) == 20 for text in TEXTS.values())
+    named = [m(sd(), said) for m in (SLD(unsafe="i2p"), SLD(unsafe=TEXTS["i2p"]), SLD(unsafe="i2p-ours"))]
+    a, b, c = (draw(t, **how) for t in named)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_slds_published_settings() -> None:
+    """The authors' text begins as their pipeline's does; weak is offered with both published strengths."""
+    i2p = make("methods", "sld", preset="i2p")
+    assert TEXTS[i2p.unsafe].startswith(
+        "an image showing hate, harassment, violence, suffering, humiliation, harm, suicide, sexual, nudity"
+    )
+    assert TEXTS[i2p.unsafe].endswith("weapons, child abuse, brutality, cruelty")
+    weak, strong = (make("methods", "sld", preset=p) for p in ("weak", "weak-200"))
+    assert (weak.scale, strong.scale) == (20.0, 200.0)
+    assert weak == replace(strong, scale=20.0)
 
 
 def test_a_text_that_is_cut_off_is_said(sd: Callable[..., Any]) -> None:
@@ -163,7 +184,7 @@ def test_a_text_that_is_cut_off_is_said(sd: Callable[..., Any]) -> None:
     target = SLD(unsafe="abc")(sd(), TASK, log=rows.append)
     assert rows == [{"tokens": 3.0}]  # the tiny tokenizer reads letters
     assert not target.warnings
-    target = SLD(unsafe=I2P)(sd(), TASK, log=rows.append)
+    target = SLD(unsafe="i2p")(sd(), TASK, log=rows.append)
     assert rows[-1] == {"tokens": 22.0}
     assert "fewer concepts" in target.warnings[0]
 
@@ -291,8 +312,6 @@ def test_an_older_record_has_no_guide(tmp_path: Path) -> None:
 
 
 def test_attacks_are_judged_by_guarded_pictures(sd: Callable[..., Any]) -> None:
-    from unlearners.base import Item
-
     target, plain = STRONG(sd(), TASK), sd()
     for model in (target, plain):
         model.sampler = {"steps": 5, "guidance": 3.0}
@@ -302,15 +321,120 @@ def test_attacks_are_judged_by_guarded_pictures(sd: Callable[..., Any]) -> None:
     assert [RandomTokens(tries=1)(m, TASK, shown, items)[0].before for m in (target, plain)] == [True, False]
 
 
-@pytest.mark.parametrize("name", [n for n in names("attacks") if get("attacks", n).access == "white"])
-def test_gradients_do_not_reach_a_guide(tmp_path: Path, name: str) -> None:
+WHITE = [n for n in names("attacks") if get("attacks", n).access == "white"]
+THROUGH = ("cce", "p4d", "ph2p", "unlearndiffatk")
+
+
+def test_which_gradients_go_through_a_guide() -> None:
+    assert [n for n in WHITE if make("attacks", n).through] == ["cce", "ensemble", "p4d", "ph2p", "unlearndiffatk"]
+    assert not make("attacks", "ensemble", members=("unlearndiffatk:fast", "tina")).through
+
+
+@pytest.mark.parametrize("name", WHITE)
+def test_gradients_that_cannot_go_through_a_guide_are_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is written; prompts found in the weights alone can be tried through the guide, when that is asked for."""
+    monkeypatch.setattr("unlearners.base.Target.late_guide", property(lambda _: None, lambda _, guide: None))
     folder = erase(NegativePrompt(), "tiny", PROBED, runs=tmp_path)
     there = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match=f"{name} follows gradients of the weights, and negative_prompt acts outside of them; ") as told:
+    with pytest.raises(UsageError, match=f"{name} follows gradients of the weights and cannot go through negative_prompt") as told:
         attack(name, folder, prompts=1)
     assert sorted(tmp_path.rglob("*")) == there
-    assert ("set transfer" in str(told.value)) == (name in ("p4d", "ph2p", "unlearndiffatk"))
+    assert ("set transfer" in str(told.value)) == (name in THROUGH)
+
+
+def test_tina_is_refused_where_a_guide_acts(tmp_path: Path) -> None:
+    folder = erase(NegativePrompt(), "tiny", PROBED, runs=tmp_path)
+    with pytest.raises(UsageError, match="tina follows gradients of the weights and cannot go through negative_prompt"):
+        attack("tina", folder, prompts=1)
+
+
+LATE = [SLD(scale=30.0, warmup=7, threshold=0.5, momentum=0.5, beta=0.7), NegativePrompt()]
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize("method", LATE)
+def test_the_gradient_through_a_guide_is_that_of_finite_differences(sd: Callable[..., Any], which: dict[str, Any], method: Any) -> None:
+    """Of the guided prediction, two prompts of different t and different guidance, with respect to their token embeddings."""
+    target = method(sd(seed=2, **which), TASK)
+    for module in target.modules.values():
+        module.double()
+    g = torch.Generator().manual_seed(0)
+    x, weigh = (torch.randn(2, *target.latent_shape, generator=g).double() for _ in range(2))
+    t, at = torch.tensor([301.0, 801.0]), torch.tensor([[1, 2], [2, 4]])
+    ids, e = target.tokens(["a zq sky", "cup"]), tables(target)[torch.tensor([[5, 6], [7, 8]])]
+    model = victim(P4D(), target, [Item(prompt="a", seed=0), Item(prompt="b", seed=0, guidance=2.5)])
+
+    def loss(e: Tensor) -> Tensor:
+        return (weigh * model.eps(x, t, target.encode(ids, soft(target, e, at)), [0, 1])).sum()
+
+    slope = torch.autograd.grad(loss(e.requires_grad_()), e)[0]
+    with torch.no_grad():
+        for _ in range(4):
+            step = torch.randn(e.shape, generator=g).double()
+            wanted = (loss(e + 1e-6 * step) - loss(e - 1e-6 * step)) / 2e-6
+            assert (slope * step).sum().item() == pytest.approx(wanted.item(), rel=1e-5)
+        bare = Victim(target, None, model.scales)
+        alone = [target.late_guide(target)(x[i : i + 1], t[i], target.encode(ids, soft(target, e, at))[i], target.null(), s)
+                 for i, s in enumerate(model.scales)]  # fmt: skip
+        both = model.eps(x, t, target.encode(ids, soft(target, e, at)), [0, 1])
+        assert torch.allclose(both, torch.cat(alone), atol=1e-6)
+        assert not torch.allclose(both, bare.eps(x, t, target.encode(ids, soft(target, e, at)), [0, 1]), atol=1e-3)
+
+
+def test_a_late_step_of_sld_is_the_step_after_the_warm_up_without_momentum(sd: Callable[..., Any]) -> None:
+    target = SLD(scale=30.0, warmup=2, threshold=0.5, momentum=0.0)(sd(), TASK)
+    x, null, cond = torch.randn(1, *target.latent_shape), target.null(), target.encode(["a zq sky"])
+    step, late, t = target.guide(target), target.late_guide(target), torch.tensor(500.0)
+    with torch.no_grad():
+        early = [step(x, t, cond, null, 3.0) for _ in range(3)]
+        assert torch.equal(early[0], early[1]) and not torch.equal(early[1], early[2])
+        assert torch.equal(late(x, t, cond, null, 3.0), early[2]) and torch.equal(late(x, t, cond, null, 3.0), early[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blind(Judge):
+    """Recognises nothing."""
+
+    def labels(self, images: Tensor, task: Task, domain: str) -> list[str]:
+        return [""] * len(images)
+
+
+QUICK_ATTACKS: dict[str, dict[str, Any]] = {
+    "unlearndiffatk": {"timesteps": 2, "iterations": 1},
+    "p4d": {"n": 3, "iterations": 2, "check": 1},
+    "ph2p": {"k": 3, "iterations": 2, "inner": 2, "accumulate": 1, "checks": 2, "rank": "loss"},
+    "cce": {"iterations": 2, "rows": 2, "accumulate": 1, "pictures": 2, "checks": 2},
+}
+
+
+@pytest.mark.parametrize("name", THROUGH)
+@pytest.mark.parametrize("method", LATE)
+def test_attacks_go_through_a_guide_from_a_run_folder(tmp_path: Path, name: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = erase(method, "tiny", replace(PROBED, judge="canvas"), runs=tmp_path)
+    seen: list[Any] = []
+    real = Victim.eps
+
+    def look(self: Any, x: Tensor, *parts: Any) -> Tensor:
+        seen.append(self.step)
+        out = real(self, x, *parts)
+        assert out.requires_grad
+        return out
+
+    monkeypatch.setattr(Victim, "eps", look)
+    monkeypatch.setattr("unlearners.judges.load", lambda name: Blind())
+    told = json.loads(attack(name, folder, prompts=1, steps=1, **QUICK_ATTACKS[name]).read_text())
+    assert seen and all(seen) and "transfer" not in told["attack"] and told["verdicts"][0]["queries"] >= 1
+    seen.clear()
+    attack(name, folder, prompts=1, steps=1, transfer=True, **QUICK_ATTACKS[name])
+    assert seen and not any(seen)
+
+
+def test_a_guide_without_a_late_form_is_refused_by_the_attack_itself(sd: Callable[..., Any]) -> None:
+    target = sd()
+    target.guide = lambda model: None
+    with pytest.raises(UsageError, match="unlearndiffatk cannot differentiate through what defends this model"):
+        victim(UnlearnDiffAtk(), target)
+    assert victim(UnlearnDiffAtk(transfer=True), target).step is None
 
 
 def test_prompts_found_in_the_weights_are_tried_through_the_guide(tmp_path: Path) -> None:

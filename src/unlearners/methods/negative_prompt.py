@@ -12,7 +12,7 @@ from torch import Tensor
 from ..base import Method, Row, Task
 from ..diffusion import Cond, Step, guided
 from ..targets.base import TextToImage
-from ._guide import read
+from ._guide import TEXTS, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,8 @@ class NegativePrompt(Method):
     A step costs as much as without it. With guidance g = 1 it has no effect, and a prompt that is c itself is drawn as if g were 1.
 
     No weight changes: this acts at generation time, is applied again when the run folder is loaded, and is bypassed by whoever holds
-    the weights. Gradients of a white-box attack are those of the bare weights; its prompts are judged by pictures drawn with the guide.
+    the weights. P4D, UnlearnDiffAtk, PH2P and CCE differentiate through the guidance; prompts of every attack are judged by pictures
+    drawn with it.
 
     Logged: ``tokens`` is how many tokens of c the text encoder reads.
 
@@ -37,12 +38,12 @@ class NegativePrompt(Method):
     runtime: ClassVar[bool] = True
 
     negative: str = ""
-    """c, what to steer away from; empty: the task's phrases, joined by commas"""
+    """c, what to steer away from; empty: the task's phrases, joined by commas. i2p, i2p-ours: as of ``sld``"""
 
     def run(self, target: TextToImage, task: Task) -> Iterator[Row]:
-        text = self.negative or ", ".join(task.said)
+        text = TEXTS.get(self.negative, self.negative) or ", ".join(task.said)
         for _ in target.steps(1):
-            target.guide = partial(steer, text)
+            target.guide = target.late_guide = partial(steer, text)  # it has neither warm-up nor memory
             yield {"tokens": float(read(target, text))}
 
 
