@@ -14,6 +14,7 @@ from torch import Tensor
 from unlearners import config, registry, saliency
 from unlearners.base import Data, Task, settle
 from unlearners.errors import RefusedError, UsageError
+from unlearners.methods.retrain import Retrain
 from unlearners.methods.salun import SalUn
 from unlearners.saliency import Freeze
 from unlearners.targets.classifier import Classifier
@@ -21,6 +22,7 @@ from unlearners.targets.clip import CLIP
 from unlearners.targets.ddpm import DDPM
 from unlearners.targets.stable_diffusion import StableDiffusion
 from unlearners.tasks import from_concept
+from unlearners.testing import task_for
 from unlearners.verbs.base import cut
 
 TASK = Task(
@@ -281,3 +283,11 @@ def test_a_dry_run_leaves_the_saliency_file_alone(tmp_path: Path) -> None:
     method = SalUn(saliency_file=str(tmp_path / "s"))
     assert cut(method).saliency_file == ""
     assert cut(make("ft", mask="saliency", saliency_file=str(tmp_path / "s"))).saliency_file == ""
+
+
+def test_retraining_starts_with_the_recipe_of_its_family() -> None:
+    net, ddpm = Classifier.tiny(), DDPM.tiny()
+    of_net, of_ddpm = settle(Retrain(), net, task_for(net)), settle(Retrain(), ddpm, task_for(ddpm))
+    assert of_net == Retrain(**Retrain.presets["classifier"]) and (of_net.lr, of_net.optimizer, of_net.epochs) == (0.1, "sgd", 182)
+    assert of_ddpm == Retrain(**Retrain.presets["ddpm"]) and (of_ddpm.lr, of_ddpm.optimizer, of_ddpm.steps) == (2e-4, "adam", 800_000)
+    assert settle(Retrain(epochs=3), ddpm, task_for(ddpm)).steps == 0, "epochs that somebody asked for count"

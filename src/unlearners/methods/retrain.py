@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typing_extensions import Self
 
 from .. import config, files, optim
-from ..base import Method, Row, Task, kebab
+from ..base import Auto, Method, Row, Task, kebab
 from ..patch import live
 from ..targets.base import Trainable
+from ._learn import optimizer, settled
 
 VERSION = 1  # raised when the recipe's meaning changes, so that old weights are not taken for new ones
 
@@ -45,25 +47,26 @@ class Retrain(Method):
 
     params: str = "full"
     """weights to train"""
-    epochs: int = 182
-    """passes over the retain set"""
-    steps: int = 0
-    """optimiser steps in place of epochs; 0 goes by epochs"""
-    batch: int = 256
-    """pictures a step"""
-    lr: float = 0.1
+    epochs: int | Auto = "auto"
+    """passes over the retain set; this and the other settings that are auto: SalUn's recipe for the family of the model (presets
+    classifier and ddpm)"""
+    steps: int | Auto = "auto"
+    """optimizer steps in place of epochs; 0 goes by epochs"""
+    batch: int | Auto = "auto"
+    """images a step"""
+    lr: float | Auto = "auto"
     """highest learning rate"""
     momentum: float = 0.9
     """of SGD"""
-    weight_decay: float = 5e-4
+    weight_decay: float | Auto = "auto"
     """of all weights"""
-    optimizer: optim.Optimizer = "sgd"
+    optimizer: optim.Optimizer | Auto = "auto"
     """sgd, adam or adamw"""
-    schedule: optim.Schedule = "cosine"
+    schedule: optim.Schedule | Auto = "auto"
     """of the learning rate"""
-    smoothing: float = 0.0
+    smoothing: float | Auto = "auto"
     """decay of the moving average of weights that is kept in the end; 0 keeps the last weights"""
-    clip: float = 0.0
+    clip: float | Auto = "auto"
     """highest gradient norm; 0 does not clip"""
     augment: str = config.later("")
     """of training batches: none, flip, crop, crop-flip, or crop4-flip with its pixels; empty: what the task says, else what the original
@@ -75,11 +78,18 @@ class Retrain(Method):
         "paper": {},
         "release": {"schedule": "multistep"},
         "short": {"epochs": 20, "batch": 128, "lr": 0.2, "schedule": "onecycle"},
+        "classifier": {
+            "epochs": 182, "steps": 0, "batch": 256, "lr": 0.1, "weight_decay": 5e-4, "optimizer": "sgd", "schedule": "cosine",
+            "smoothing": 0.0, "clip": 0.0,
+        },
         "ddpm": {
-            "steps": 800_000, "batch": 128, "lr": 2e-4, "weight_decay": 0.0, "optimizer": "adam", "schedule": "constant",
+            "epochs": 1, "steps": 800_000, "batch": 128, "lr": 2e-4, "weight_decay": 0.0, "optimizer": "adam", "schedule": "constant",
             "smoothing": 0.9999, "clip": 1.0,
         },
     }  # fmt: skip
+
+    def resolve(self, target: Trainable, task: Task) -> Self:
+        return settled(self, target, task)
 
     def run(self, target: Trainable, task: Task) -> Iterator[Row]:
         D_r = target.open(replace(task.retain, augment=self.augment) if self.augment else task.retain)
@@ -95,18 +105,17 @@ class Retrain(Method):
         started = time.perf_counter()
         target.reset()
         w = target.trainable(self.params)
-        opt = optim.make(self.optimizer, w.values(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        retain = D_r.loader(self.batch)
-        total = self.steps or self.epochs * len(retain)
-        rate = optim.schedule(opt, self.schedule, total)
-        average = _Average(w, self.smoothing)
+        opt, retain = optimizer(self, w.values()), D_r.loader(int(self.batch))
+        total = int(self.steps) or int(self.epochs) * len(retain)
+        rate = optim.schedule(opt, self.schedule, total)  # type: ignore[arg-type]  # no field is "auto" here
+        average = _Average(w, float(self.smoothing))
         target.train()
         for _ in target.steps(total, opt, retain, rate, average):
             loss = target.loss(retain.draw())
             opt.zero_grad()
             loss.backward()
             if self.clip:
-                nn.utils.clip_grad_norm_(w.values(), self.clip)
+                nn.utils.clip_grad_norm_(w.values(), float(self.clip))
             opt.step()
             rate.step()
             average.update(w)
