@@ -182,8 +182,19 @@ def _union(args: tuple[Any, ...], plain: Any, where: str) -> Any:
 
 def _nothing_fits(args: tuple[Any, ...], plain: Any, where: str, errors: list[UsageError]) -> UsageError:
     meant = [e for a, e in zip(args, errors, strict=True) if dataclasses.is_dataclass(a) and isinstance(plain, Mapping)]
-    names = " or ".join("null" if a is types.NoneType else getattr(a, "__name__", str(a)) for a in args)
+    names = " or ".join(map(_described, args))
     return meant[0] if len(meant) == 1 else UsageError(f"{where or 'the value'} is {_say(plain)} but must be {names}")
+
+
+def _described(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(str, typing.get_args(kind)))
+    container = typing.get_origin(kind) or kind
+    words = {types.NoneType: "null", int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if container in (tuple, list, Sequence):
+        return "a list"
+    return words.get(container, getattr(container, "__name__", str(container)))
 
 
 def _dataclass(kind: Any, plain: Any, where: str) -> Any:

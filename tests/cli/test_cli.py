@@ -158,7 +158,7 @@ def test_a_wrong_request_says_what_to_do_and_exits_2(cli: Cli, words: str, hint:
     ("text", "hint"),
     [
         ("lrr: 1", "unknown key of esd 'lrr'; did you mean lr"),
-        ("steps: true", "esd.steps is true but must be a whole number"),
+        ("steps: true", "esd.steps is true but must be a whole number or auto"),
         ("lr: fast", "esd.lr"),
         ("preset: relese", "did you mean release"),
         ("- lr", "key: value"),
@@ -214,7 +214,8 @@ def test_list_and_show(cli: Cli) -> None:
     assert "canvas/neon" in cli("list", "tasks")[1]
     (esd,) = json.loads(cli("show", "esd", "--json")[1])["found"]
     assert (esd["paper"], esd["needs"]) == ("arXiv:2303.07345", "Denoiser")
-    assert {"name": "lr", "type": "float", "default": 1e-5, "help": "learning rate of Adam"} in esd["fields"]
+    (lr,) = (f for f in esd["fields"] if f["name"] == "lr")
+    assert (lr["type"], lr["default"]) == ("float | auto", "auto") and lr["help"].startswith("learning rate of Adam; auto: 1e-5")
     assert "release" in esd["presets"]
     for kind, rows in kinds.items():
         code, out, err = cli("show", rows[0]["name"].replace("_", "-") if kind != "tasks" else rows[0]["name"])
