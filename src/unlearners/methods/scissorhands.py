@@ -21,7 +21,7 @@ from ..targets.base import Denoiser, Learner, TextToImage, Trainable
 from . import _gradients as gradients
 from ._learn import least
 
-LATE = r"net\.(layer3|layer4|fc)\."
+LATE = r"net\.(layer3|layer4|fc)\.|unet\.up_blocks\.[12]\.attentions\.1\..*\.attn1\."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class Scissorhands(Method):
     Deviations from the authors' code:
     1. s_j has |sum of gradients|, as SNIP. The code sums |gradients| over the batches (``statistic=sum_abs``; preset ``release``).
     2. N counts the weights that may be trimmed, so that exactly that share is. The code ranks all weights of the network and trims those
-       above the threshold in a few layers alone: layer3, layer4 and fc of a ResNet (``trim``, the default there too), on Stable Diffusion
-       the self-attention in up_blocks.1.attentions.1 and up_blocks.2.attentions.1.
+       above the threshold in a few layers alone, the default here too: layer3, layer4 and fc of a ResNet, on Stable Diffusion the
+       self-attention in up_blocks.1.attentions.1 and up_blocks.2.attentions.1.
     3. On Stable Diffusion the code draws truncated normal weights (std .02) and takes s_j from a prediction with guidance 7.5.
     4. Batches are drawn without replacement; the code starts the loader anew for each.
     5. The margin 0.5 bounds v as in the code: a projected step raises L_f even where g hardly lowers it. 0 is GEM's own bound.
@@ -66,7 +66,7 @@ class Scissorhands(Method):
     params: str = "full"
     """weights to train"""
     trim: str = "auto"
-    """weights that may be trimmed, a group or regular expression; empty: all in params. auto: a ResNet's layer3, layer4 and fc, else all"""
+    """weights that may be trimmed, a group or regular expression; empty: all in params. auto: those of deviation 2, else all"""
     sparsity: float | Auto = "auto"
     """share of the weights that is left alone. auto: .97 on classifiers, .999 on generative models (.995 for the kind nsfw)"""
     statistic: saliency.Statistic = "abs_sum"
@@ -110,7 +110,7 @@ class Scissorhands(Method):
         text, nsfw = isinstance(target, TextToImage), task.kind == "nsfw"
         sees = isinstance(target, Trainable) and not isinstance(target, Denoiser)  # a classifier
         known: dict[str, Any] = {
-            "trim": LATE if sees and any(re.match(LATE, n) for n in target.select(self.params)) else "",
+            "trim": LATE if any(re.match(LATE, n) for n in target.select(self.params)) else "",
             "sparsity": 0.97 if sees else 0.995 if nsfw else 0.999,
             "prune_num": 1 if sees else 10,
             "lamb": 0.05 if sees else 0.1,
