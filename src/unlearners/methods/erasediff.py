@@ -64,7 +64,7 @@ class EraseDiff(Method, Masked):
         "release": {"rule": "auto", "restore": False},
         "imagenette": {"rule": "constant", "restore": False, "lamb": 1.0, "epochs": 2, "inner": 1, "batch": 16},
         "fast": {"epochs": 2, "inner": 0},
-        "canvas": {"epochs": 1, "inner": 0, "steps": 60, "batch": 16, "lr": 1e-4, "pictures": 96, "pseudo": ""},
+        "canvas": {"eta": 0.012, "epochs": 1, "inner": 0, "steps": 60, "batch": 16, "lr": 1e-4, "pictures": 96, "pseudo": ""},
     }
 
     params: str = "auto"

@@ -60,7 +60,7 @@ class Scissorhands(Method):
         "paper": {},
         "release": {"statistic": "sum_abs"},
         "fast": {"epochs": 2},
-        "canvas": {"epochs": 1, "steps": 120, "sparsity": 0.99, "batch": 16, "lr": 1e-4, "pictures": 96},
+        "canvas": {"epochs": 1, "steps": 60, "sparsity": 0.9, "lamb": 0.06, "batch": 16, "lr": 1e-4, "pictures": 96},
     }
 
     params: str = "full"
