@@ -152,8 +152,13 @@ def test_esd_fast_says_the_concept_beside_other_things_and_holds_what_stays(tiny
     assert "" in settled.preserved
     assert len(settled.preserved) > 4
     assert settled.params == "xattn"
-    for task in (from_concept("zq", "object", preserve=("ink",)), Task(name="t", kind="class", concepts=("zq",))):
-        assert (settle(fast, tiny, task).templates, settle(fast, tiny, task).preserved) == ((), ())
+    for task in (
+        from_concept("zq", "object", preserve=("ink",)),
+        from_concept("zq", "nsfw"),
+        Task(name="t", kind="class", concepts=("zq",)),
+    ):
+        plain = settle(fast, tiny, task)
+        assert (plain.templates, plain.preserved, plain.lr) == ((), (), 2e-4)
     for preset in ("paper", "release"):
         assert (settle(ESD(**ESD.presets[preset]), tiny, alone).templates, settle(ESD(), tiny, alone).preserved) == ((), ())
 

@@ -11,19 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Self
 
-from .. import closed_form, neighbours
+from .. import closed_form
 from ..base import Auto, Method, Row, Target, Task
 from ..config import later
 from ..diffusion import TrajectoryPool, states
 from ..errors import UsageError
-from ..targets.base import Denoiser, TextToImage
-
-SHORT = 2e-4
-"""lr of a run whose templates or preserved prompts are "auto", where none are chosen"""
-ALONE: Mapping[str, Any] = {"params": "xattn", "eta": 4.0}
-"""what goes with those that are chosen, except eta on SDXL"""
-PACE = 9e-3
-"""their lr as a share of the root mean square of the trained weights"""
+from ..targets.base import Denoiser
+from ._alone import AROUND, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +45,7 @@ class ESD(Method):
        for nudity and objects; for SDXL there is only the 2025 script, whose settings are taken (preset ``release-sdxl``).
     7. ``templates`` and ``preserved`` are ours: the concept is also said beside other things, and prompts of what stays are held where
        they were by ``hold`` ||eps_theta(x~_t, c~) - eps_0(x~_t, c~)||^2. Preset ``fast`` chooses both where the task names no neighbours
-       (``--concept`` alone, not nudity); it then trains the cross-attention with eta 4 and a lr to scale. ESD has neither.
+       (``--concept`` alone, not nudity); it then trains the cross-attention with eta 4 and a lr to scale (``_alone``). ESD has neither.
     """
 
     paper: ClassVar[str] = "arXiv:2303.07345"
@@ -65,7 +59,7 @@ class ESD(Method):
         },
         "fast": {
             "steps": 200, "x_from": "frozen", "sampler_steps": 25, "batch": 8, "pool": 16, "refresh": 1000,
-            "templates": "auto", "preserved": "auto",
+            **dict.fromkeys(AROUND, "auto"),
         },
     }  # fmt: skip
 
@@ -103,7 +97,7 @@ class ESD(Method):
     """phrases with {} for the concept, in place of the task's prompts; auto chooses them where the task names no neighbours"""
     preserved: tuple[str, ...] | Auto = later(())
     """prompts that are held; auto chooses them where the task names no neighbours"""
-    hold: float = later(1.0)
+    hold: float = later(3.0)
     """weight of holding them"""
 
     def __post_init__(self) -> None:
@@ -114,30 +108,13 @@ class ESD(Method):
 
     def resolve(self, target: Target, task: Task) -> Self:
         if "auto" in (self.templates, self.preserved):
-            return self.around(target, task).resolve(target, task)
+            return replace(self, **alone(self, target, task)).resolve(target, task)
         named = task.kind in ("style", "identity") or "noxattn" not in target.groups  # a DDPM has classes, which are always named
         params = ("xattn" if named else "noxattn") if self.params == "auto" else self.params
         own: dict[str, Any] = {"steps": 1000, "lr": 1e-5, "eta": 1.0, "guidance": 3.0}
         if "text_encoder_2" in target.modules:  # SDXL
             own = {"steps": 200, "lr": 2e-4 if params == "xattn" else 1e-5, "eta": 0.0, "guidance": 2.0}
         return replace(self, params=params, **{name: value for name, value in own.items() if getattr(self, name) == "auto"})
-
-    def around(self, target: Target, task: Task) -> Self:
-        """With templates and preserved prompts where they are auto, and what goes with them."""
-        auto = [name for name in ("templates", "preserved") if getattr(self, name) == "auto"]
-        if neighbours.named(task, "preserve") or task.kind not in ("style", "object", "identity") or not isinstance(target, TextToImage):
-            none: dict[str, Any] = dict.fromkeys(auto, ())
-            return replace(self, **none, lr=SHORT if self.lr == "auto" else self.lr)
-        found = neighbours.choose(target, task)
-        own: dict[str, Any] = {
-            n: v for n, v in ALONE.items() if getattr(self, n) == "auto" and not (n == "eta" and "text_encoder_2" in target.modules)
-        }
-        # guidance starts from the empty prompt, so it is held more often than any other
-        chosen = {"templates": found.templates, "preserved": (*[""] * 4, *neighbours.spread(found.preserve, len(found.templates)))}
-        own |= {name: chosen[name] for name in auto}
-        made = replace(self, **own)
-        w = torch.cat([p.detach().float().flatten() for p in target.select(made.params).values()])
-        return replace(made, lr=float(f"{PACE * float(w.square().mean().sqrt()):.2g}") if self.lr == "auto" else self.lr)
 
     def run(self, target: Denoiser, task: Task) -> Iterator[Row]:
         w = target.trainable(self.params)  # theta
@@ -148,7 +125,7 @@ class ESD(Method):
         keep = list(self.preserved)
         with torch.no_grad():
             c, null, shown = old.encode(concepts), old.null(), old.encode(said)
-            held = old.encode(keep) if keep else null
+            held = old.encode(keep) if keep else null  # c~
         text_trains = any(n.startswith("text_encoder") for n in w)
         how: dict[str, Any] = {
             "size": max(self.pool, len(said)) if self.pool and self.templates else self.pool, "refresh": self.refresh,
@@ -174,7 +151,7 @@ class ESD(Method):
             loss = F.mse_loss(e.float(), goal.float())
             row = {"loss": loss.item(), "distance": ((e.detach() - e_from).norm() / e_from.norm()).item()}
             if keep:
-                x_t, t, k = states(old, kept, held, null, **how)  # x~_t ~ p(. | c~)
+                x_t, t, k = states(old, kept, held, null, **how | {"size": len(keep) if self.pool else 0})  # x~_t ~ p(. | c~)
                 t = self.told(t, target.train_steps)
                 with torch.no_grad():
                     goal = old.eps(x_t, t, held[k])
