@@ -227,7 +227,7 @@ class _Plan:
             "task": p.task,
             "method": p.label,
             "seed": p.seed,
-            "preset": p.cell.preset or "paper",
+            "preset": p.cell.preset or _usual(p.cell),
         }
         how = {
             "folder": self.folder(p), "attacks": attacks, "metrics": metrics, "seeds": task.seeds[: spec.image_seeds or None],
@@ -320,6 +320,11 @@ class _Plan:
 
 def _label(cell: Cell) -> str:
     return cell.label or cell.name
+
+
+def _usual(cell: Cell) -> str:
+    """What a cell without a preset runs: "default", where the paper's settings are a preset of their own, else "paper"."""
+    return "default" if registry.get("methods", cell.name).presets.get("paper") else "paper"
 
 
 def _untouched(cell: Cell) -> str:

@@ -54,7 +54,7 @@ def test_nudity_trains_the_attention_with_the_prior(sd: Callable[..., Any]) -> N
 
 # --- prompts ------------------------------------------------------------------------------------------------------
 def test_the_anchor_stands_where_the_concept_stood() -> None:
-    concepts, anchors = ConceptAblation().pairs(TASK)
+    concepts, anchors = ConceptAblation(anchors=()).pairs(TASK)
     assert len(set(concepts)) == len(concepts) == len(anchors) > 10
     assert all("zq" in c and c.replace("zq", "cat") == a for c, a in zip(concepts, anchors, strict=True))
 
@@ -62,16 +62,16 @@ def test_the_anchor_stands_where_the_concept_stood() -> None:
 @pytest.mark.parametrize("kind", ["style", "object", "identity", "nsfw", "class", "samples"])
 def test_several_concepts_take_turns_each_with_its_anchor(kind: Any) -> None:
     task = Task(name="t", kind=kind, concepts=("zq", "xw"), anchors=("cat", "dog"))
-    concepts, anchors = ConceptAblation().pairs(task)
+    concepts, anchors = ConceptAblation(anchors=()).pairs(task)
     assert [("zq" in c, "xw" in c) for c in concepts] == [(True, False), (False, True)] * (len(concepts) // 2)
     assert all(("cat" if "zq" in c else "dog") in a for c, a in zip(concepts, anchors, strict=True))
 
 
 def test_the_tasks_own_prompts_come_first_and_a_missing_anchor_is_the_empty_prompt() -> None:
     task = Task(name="t", kind="nsfw", concepts=("lightning",), anchors=("calm",), prompts=("lightning sky", "storm"))
-    concepts, anchors = ConceptAblation().pairs(task)
+    concepts, anchors = ConceptAblation(anchors=()).pairs(task)
     assert (concepts[:2], anchors[:2]) == (("lightning sky", "storm"), ("calm sky", "calm"))
-    assert set(ConceptAblation().pairs(Task(name="t", concepts=("zq",)))[1]) == {""}
+    assert set(ConceptAblation(anchors=()).pairs(Task(name="t", concepts=("zq",)))[1]) == {""}
 
 
 def test_pictures_are_drawn_from_the_anchors_alone(sd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
