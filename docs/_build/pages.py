@@ -303,8 +303,14 @@ def _logged(text: str) -> str:
     return "\n".join(f"- {prose(i)}" for i in items) if len(items) > 1 else prose(text)
 
 
+TAKES = {"spm_gate": "spm"}
+"""methods that act on what another one trained"""
+
+
 def _method(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
     e = example(cls)
+    if name in TAKES:
+        return _taking(name, cls, known, replace(e, method=TAKES[name], preset="canvas", out="runs/adapters"))
     quick = next((p for p in ("fast", "short") if p in known["presets"]), "")
     lines = [f"unlearn erase {name} {e.target} {e.task}{f' --preset {quick}' if quick else ''}"]
     if "ddpm" in known["presets"]:
@@ -319,6 +325,25 @@ def _method(name: str, cls: Any, known: dict[str, Any]) -> list[str]:
             f"from unlearners import erase\nfrom unlearners.methods.{name} import {cls.__name__}\n\n"
             f'folder = erase("{name}", "{e.target}", "{e.task}"{f", preset={json.dumps(quick)}" if quick else ""})\n'
             f'folder = erase({cls.__name__}(), "{e.target}", "{e.other}")  # the same with {e.kind}; here with the defaults',
+        ),
+        "YAML, here with every default written out; leave out what you do not change:",
+        fence("yaml", f"# {name}.yaml\n{_yaml(fields)}"),
+        fence("bash", f"unlearn erase {name} {e.target} {e.task} --config {name}.yaml"),
+    ]
+
+
+def _taking(name: str, cls: Any, known: dict[str, Any], e: Example) -> list[str]:
+    """The examples of a method whose ``patch`` names a run of another."""
+    fields = {f["name"]: f["default"] for f in known["fields"]} | {"patch": e.out}
+    return [
+        "Command line:",
+        fence("bash", f"{e.erase}\nunlearn erase {name} {e.target} {e.task} --patch {e.out}\nunlearn erase {name} --help"),
+        "Python:",
+        fence(
+            "python",
+            f"from unlearners import erase\nfrom unlearners.methods.{name} import {cls.__name__}\n\n"
+            f'trained = {e.call}\nfolder = erase("{name}", "{e.target}", "{e.task}", patch=str(trained))\n'
+            f'folder = erase({cls.__name__}(patch=str(trained)), "{e.target}", "{e.task}")  # the same',
         ),
         "YAML, here with every default written out; leave out what you do not change:",
         fence("yaml", f"# {name}.yaml\n{_yaml(fields)}"),

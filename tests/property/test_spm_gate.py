@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unlearners import targets
+from unlearners import cli, grids, targets
 from unlearners.base import Item, Probe, Task
 from unlearners.errors import RefusedError, UsageError
 from unlearners.exports import export
@@ -183,3 +183,14 @@ def test_items_are_attacked_by_gated_pictures(spm: str) -> None:
     wanted = draw(target, ["a zq sky"], [1])
     shown = FakeJudge(lambda x: [torch.equal(p, wanted[0]) for p in x])
     assert RandomTokens(tries=1)(target, TASK, shown, [Item(prompt="a zq sky", seed=1)])[0].before
+
+
+def test_it_can_be_rehearsed_and_stands_in_a_grid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--dry-run makes adapters of the tiny model; a grid names the row whose adapters are gated."""
+    assert cli.main(["erase", "spm_gate", "canvas", "canvas/neon", "--patch", "runs/spm", "--dry-run"]) == 0, capsys.readouterr().err
+    grid = "target: tiny\ntasks: [canvas/neon]\nmethods:\n  - {name: spm}\n  - {name: spm_gate, of: spm}\n"
+    (tmp_path / "gated.yaml").write_text(grid)
+    assert [p.label for p in grids.cells(grids.read(tmp_path / "gated.yaml"))] == ["spm", "spm_gate"]
+    (tmp_path / "gated.yaml").write_text(grid.replace(", of: spm", ""))
+    with pytest.raises(UsageError, match="names the run that plug or spm_gate takes"):
+        grids.read(tmp_path / "gated.yaml")

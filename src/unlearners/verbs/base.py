@@ -111,7 +111,7 @@ def rehearsal(method: Any = None, task: Task | None = None) -> Iterator[Path]:
     The canvas' judge reads the pictures, since it needs nothing from the network. A task of pictures gets the tiny model's own.
     """
     from .. import run, tasks
-    from ..base import Data
+    from ..base import Data, kebab
 
     task = task or tasks.from_concept("cup", "object")
     method = method or registry.make("methods", "ga" if task.forget.source else "uce")
@@ -125,8 +125,11 @@ def rehearsal(method: Any = None, task: Task | None = None) -> Iterator[Path]:
     named = [p for p in task.probes if task.names_concept(p)]
     few = (*named[:2], *[p for p in task.probes if p not in named][:4])
     task = dataclasses.replace(task, probes=few, seeds=task.seeds[:1], judge="canvas:trial=true", suite=OFFLINE)
+    small = cut(method)
     with tempfile.TemporaryDirectory() as runs:
-        yield run.erase(cut(method), "tiny", task, runs=runs)
+        if kebab(method) == "spm_gate":  # it acts on the adapters of another run
+            small = dataclasses.replace(small, patch=str(run.erase(cut(registry.make("methods", "spm")), "tiny", task, runs=runs)))
+        yield run.erase(small, "tiny", task, runs=runs)
 
 
 def rehearsed(*, draws: bool = False) -> Task:
