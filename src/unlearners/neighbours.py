@@ -17,8 +17,9 @@ from .errors import UsageError
 
 NEAREST = 0.02
 """share of the neighbours, those most like the concept, that is left out: other words for it"""
-CONTEXTS = 40
-"""templates in which the concept stands beside something of another kind"""
+CONTEXTS, CLOSED_CONTEXTS = 40, 200
+"""templates in which the concept stands beside something of another kind, and those of a closed form, to which they cost next to nothing:
+a concept that was said beside few words is drawn beside others"""
 GUIDES = 8
 """neighbours whose mean takes the place of the concept"""
 RIDGE = 0.01
@@ -91,7 +92,7 @@ class Neighbours:
     """prompts: each of ``own`` alone and beside something, and each of ``other`` alone"""
 
 
-def choose(target: Any, task: Task) -> Neighbours:
+def choose(target: Any, task: Task, contexts: int = CONTEXTS) -> Neighbours:
     """The neighbours of ``task``'s concepts in ``target``'s own reading of the words.
 
     Words are ours and the same for every model. Left out are those that share a word with a concept or a synonym, and of the concept's
@@ -115,7 +116,7 @@ def choose(target: Any, task: Task) -> Neighbours:
         return around.beside[i % len(around.beside)].format(c=c, o=chance.choice(other))
 
     templates = [f.format(c="{}") for f in around.bare]
-    templates += [around.beside[i % len(around.beside)].format(c="{}", o=o) for i, o in enumerate(spread(other, CONTEXTS))]
+    templates += [around.beside[i % len(around.beside)].format(c="{}", o=o) for i, o in enumerate(spread(other, contexts))]
     preserve = [around.bare[i % len(around.bare)].format(c=c) for i, c in enumerate(own)]
     preserve += [beside(i, c) for i, c in enumerate(own)] + [beside(i + 1, c) for i, c in enumerate(own)]
     preserve += [around.alone[i % len(around.alone)].format(o=o) for i, o in enumerate(other)]
@@ -150,7 +151,7 @@ def closed(part: Any, target: Any, task: Task) -> dict[str, Any]:
     auto = [name for name in NAMED if getattr(part, name) == "auto"]
     if not auto or named(task, "preserve") or part.preserved != "auto":
         return {name: NAMED[name] for name in auto}
-    around = choose(target, task)
+    around = choose(target, task, CLOSED_CONTEXTS)
     found: dict[str, Any] = {"preserved": ("", *around.preserve), "templates": part.templates or around.templates}
     if part.guide == "auto":
         found["guide"] = () if named(task, "anchors") else around.guide

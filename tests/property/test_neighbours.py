@@ -83,6 +83,12 @@ def test_what_the_model_reads_as_the_concept_is_left_out(tiny: StableDiffusion, 
     assert len(own) == len(others)
 
 
+def test_a_word_that_the_concept_is_a_part_of_is_left_out(tiny: StableDiffusion) -> None:
+    """A tokenizer may read "goldfish" as "gold" and "fish"."""
+    assert "goldfish" not in neighbours.choose(tiny, from_concept("fish", "object")).own
+    assert "goldfish" in retain.named("everyday")
+
+
 # --- closed forms -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("xl", [False, True])
 @pytest.mark.parametrize("kind", ["style", "object", "identity", "nsfw"])
@@ -202,7 +208,7 @@ def test_advunlearn_adds_the_list_of_the_kind_where_nobody_names_neighbours(tiny
 def test_the_record_has_the_whole_choice(tmp_path: Path, few: None) -> None:
     task = from_concept("zq", "style")
     record = json.loads((run.erase(UCE(), "tiny", task, out=tmp_path / "run") / "run.json").read_text())
-    around = neighbours.choose(StableDiffusion.tiny(), task)
+    around = neighbours.choose(StableDiffusion.tiny(), task, neighbours.CLOSED_CONTEXTS)
     assert tuple(record["chosen"]["preserved"]) == ("", *around.preserve)
     assert tuple(record["chosen"]["guide"]) == around.guide
     assert tuple(record["chosen"]["templates"]) == around.templates
