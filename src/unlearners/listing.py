@@ -85,7 +85,8 @@ def _fields(cls: type[Any]) -> list[dict[str, Any]]:
     made = config.build(cls, {}, cls.__name__)
     rows = [f for f in dataclasses.fields(cls) if f.init]
     usual = {f.name: config.to_dict(getattr(made, f.name)) for f in rows}
-    return [{"name": f.name, "type": str(f.type).replace("Auto", "auto"), "default": usual[f.name], "help": helps.get(f.name, "")} for f in rows]
+    types = {f.name: str(f.type).replace("Auto", "auto") for f in rows}
+    return [{"name": n, "type": kind, "default": usual[n], "help": helps.get(n, "")} for n, kind in types.items()]
 
 
 def sheet(about: Mapping[str, Any]) -> str:

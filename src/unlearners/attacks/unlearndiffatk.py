@@ -80,7 +80,7 @@ class UnlearnDiffAtk(Attack):
     """prompts attacked together; changes memory and speed, not the search"""
     transfer: bool = later(False)
     """against a defence that acts at generation time: search in the weights alone and try what is found; else the search goes through it"""
-    place: Place = later("prefix")  # noqa: RUF009 (a string)
+    place: Place = later("prefix")
     """where the tokens go: before the prompt (the paper), after it, between its halves, at equal distances inside it, or one before every
     third of its tokens"""
     rand_init: bool = later(False)
