@@ -26,8 +26,6 @@ RIDGE = 0.01
 """lambda, in units of the mean eigenvalue of what is preserved, where both sides of a closed form are means"""
 MOVED, ERASED = 0.11, 0.05
 """a closed form erases as strongly as lets what is preserved move by the first, and not beyond what leaves the second of the concept"""
-WORN, FARTHER = 0.15, 0.25
-"""where more of the concept is left than its kind allows, what is preserved may move by the first, and ``away`` grows by the second"""
 NAMED: Mapping[str, Any] = {"erase_scale": 1.0, "preserved": (), "guide": (), "away": 0.0}
 """settings of a closed form beside neighbours that somebody named"""
 
@@ -46,8 +44,6 @@ class Around:
     """{o} without the concept"""
     away: float = 0.0
     """how far the guide lies beyond the mean of the neighbours, away from the concept"""
-    left: float = 1.0
-    """``erased`` above which a closed form becomes stronger"""
 
 
 THING = ("{o}", "a {o}", "an image of a {o}")
@@ -67,7 +63,6 @@ KINDS: dict[str, Around] = {
         ("a {c} in {o} style", "a {o} picture of a {c}", "{c}, {o}"),
         ("{o}", "{o} style", "an image in {o} style"),
         0.5,
-        0.27,
     ),
     "identity": Around(
         "people",
@@ -151,8 +146,7 @@ def closed(part: Any, target: Any, task: Task) -> dict[str, Any]:
     """The fields of ``part`` that take the place of "auto".
 
     They are ``NAMED`` where the task or ``part`` names what stays. Else what stays, the templates and the guide are those of ``choose``,
-    and the scales go by the edit's own residuals: the concept is weighed as heavily as lets ``moved`` reach ``MOVED``, or ``WORN`` where
-    ``erased`` says that too much of it is left.
+    and the scales go by the edit's own residuals: the concept is weighed as heavily as lets ``moved`` reach ``MOVED``.
     """
     auto = [name for name in NAMED if getattr(part, name) == "auto"]
     if not auto or named(task, "preserve") or part.preserved != "auto":
@@ -164,38 +158,29 @@ def closed(part: Any, target: Any, task: Task) -> dict[str, Any]:
     if part.away == "auto":
         found["away"] = 0.0 if named(task, "anchors") else KINDS[task.kind].away
     if part.erase_scale == "auto":
-        first = dataclasses.replace(part, **found, erase_scale=1.0)
-        strong, left = scales(first, target, task, MOVED)
-        if left > KINDS[task.kind].left and part.away == "auto" and found["away"]:
-            found["away"] += FARTHER
-            strong, _ = scales(dataclasses.replace(first, away=found["away"]), target, task, WORN)
-        found |= strong
+        found |= scales(dataclasses.replace(part, **found, erase_scale=1.0), target, task)
     return found
 
 
 @torch.no_grad()
-def scales(part: Any, target: Any, task: Task, most: float) -> tuple[dict[str, float], float]:
-    """alpha and beta of ``part``, whose other fields are settled, {"erase_scale", "preserve_scale"}, and ``erased`` with them.
+def scales(part: Any, target: Any, task: Task) -> dict[str, float]:
+    """alpha and beta of ``part``, whose other fields are settled: {"erase_scale", "preserve_scale"}.
 
     The objective is e mean ||W c - W_old g||^2 + mean ||W p - W_old p||^2 + lambda' ||W - W_old||^2 with lambda' = ``RIDGE`` times the
-    mean eigenvalue of p p', written with ``part.lamb`` in place of lambda'. e is found by bisection; ``moved`` grows with it, to ``most``.
+    mean eigenvalue of p p', written with ``part.lamb`` in place of lambda'. e is found by bisection; ``moved`` grows with it.
     """
     w = target.select(part.params)
     c, g, p, n = _vectors(part, target, task)
     closed_form.check_matrices(type(part).__name__, w, c.shape[1], part.params)
     K = closed_form.gram(w.values())
     beta = part.preserve_scale or part.lamb * p.shape[1] / (RIDGE * float(p.square().sum()))
-
-    def at(power: float) -> dict[str, float]:
-        T, _ = closed_form.solve(c, g, p, alpha=2**power * beta * n / len(c), beta=beta, lamb=part.lamb)
-        return closed_form.effect(K, T, c, g, p)
-
     low, high = -9.0, 5.0  # log2 of e
     for _ in range(8):
         middle = (low + high) / 2
-        did = at(middle)
-        low, high = (low, middle) if did["moved"] > most or did["erased"] < ERASED else (middle, high)
-    return {"erase_scale": 2**low * beta * n / len(c), "preserve_scale": beta}, at(low)["erased"]
+        T, _ = closed_form.solve(c, g, p, alpha=2**middle * beta * n / len(c), beta=beta, lamb=part.lamb)
+        did = closed_form.effect(K, T, c, g, p)
+        low, high = (low, middle) if did["moved"] > MOVED or did["erased"] < ERASED else (middle, high)
+    return {"erase_scale": 2**low * beta * n / len(c), "preserve_scale": beta}
 
 
 @torch.no_grad()
