@@ -108,10 +108,11 @@ def neighbours(task: Task) -> list[str]:
 
 
 def apart(target: Any, task: Task, names: Sequence[str], nearest: float, form: str = TEMPLATE) -> list[str]:
-    """``names`` without those that share a word with a concept or a synonym, and then without the share ``nearest`` whose text embeddings
-    have the highest cosine with a concept's, both said as ``form``."""
+    """``names`` without those that share a word with a concept or a synonym, or have a word that it is a part of ("goldfish" for "fish"),
+    and then without the share ``nearest`` whose text embeddings have the highest cosine with a concept's, both said as ``form``."""
     taken = {w for p in (*task.concepts, *task.synonyms) for w in _words(p) if w not in SMALL}
-    left = [n for n in names if not taken & set(_words(n))]
+    parts = tuple(w for w in taken if len(w) > 2)
+    left = [n for n in names if not taken & set(_words(n)) and not any(part in word for word in _words(n) for part in parts)]
     far = set(_far(target, [form.format(n) for n in left], [form.format(c) for c in task.concepts], nearest))
     return [n for n in left if form.format(n) in far]
 
