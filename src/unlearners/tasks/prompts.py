@@ -9,8 +9,8 @@ commas between, may stand ``count=100`` (the first rows only), ``pictures=FOLDER
 
 Columns are those the sets are published with: the prompt; ``evaluation_seed``, ``sd_seed`` or ``seed``; ``evaluation_guidance``,
 ``sd_guidance_scale``, ``guidance_scale`` or ``guidance``, where there is one. What is drawn for a row depends on that row alone. A prompt
-beyond the text encoder's context is cut to it by the tokenizer, as every prompt is. The scheduler is the model's own: the published
-numbers of UnlearnDiffAtk are of LMS with 50 steps, those of COCO of LMS with 100.
+beyond the text encoder's context is cut to it by the tokenizer, as every prompt is. The scheduler is the model's own unless
+``--scheduler`` names another: UnlearnDiffAtk's published numbers are of lms in 50 steps, those of COCO of lms in 100.
 """
 
 from __future__ import annotations
