@@ -41,6 +41,7 @@ ANSWERS = {"name_accuracy/forgotten": "forgotten names ↓", "vqa/others": "othe
 # what stands behind "results: " in README.md → the grid and the numbers in a cell
 BY_TASK = {
     "canvas_t2i": ("canvas_t2i", METRICS),
+    "canvas_text_alone": ("canvas_text_alone", {name: METRICS[name] for name in ("ua", "ira", "cra")}),
     "canvas_clip_several": ("canvas_clip_several", NAMING),
     "canvas_slug": ("canvas_slug", METRICS),
     "canvas_slug, answers": ("canvas_slug", ANSWERS),
@@ -126,7 +127,8 @@ def by_task(grid: str, metrics: Mapping[str, str] = METRICS, folder: Path = RESU
         spent = [v for t in tasks for v in found.get((method, t, "cost/seconds"), [])]
         lines.append(f"| {method} | {' | '.join(shown)} | {f'{sum(spent) / len(spent):.0f}' if spent else '–'} |")
     made = ", ".join(dict.fromkeys(r["device"] for r in rows))
-    note = f"Cells: {' / '.join(metrics.values())}; means over {len({r['seed'] for r in rows})} seeds on {made}. "
+    n = len({r["seed"] for r in rows})
+    note = f"Cells: {' / '.join(metrics.values())}; {f'means over {n} seeds' if n > 1 else 'one seed'} on {made}. "
     return "\n".join([*lines, "", note + f"Intervals, n, all other numbers and the claims: `bench/results/{grid}`."])
 
 
