@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from .. import config, listing
 from ._judged import Judged
-from .base import Result, automatic, cut, device_of, rehearsal
+from .base import Result, automatic, cut, device_of, print_chosen, rehearsal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +74,7 @@ class Attack(Judged):
     def say(self, result: Result) -> None:
         if self.dry_run:
             print(f"would run {listing.settings(result['attack'])} on {self.folder} and write {result['file']}")
-            for name, value in result["chosen"].items():
-                print(f"  {name}: {listing.short(value)} (chosen for this kind of concept and this model)")
+            print_chosen(result["chosen"])
             print(f"tried on {result['tried']['prompts']} prompts of the tiny model")
         else:
             self.adopted(self.folder, result)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .. import config, registry
+from .. import config, listing, registry
 from ..errors import UnlearnError, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -181,6 +181,14 @@ def automatic(part: Any, spec: str, task: Task) -> Result:
     target = registry.get("targets", family or family_of(base)).tiny_like(base)
     require(part, target)
     return chosen(part, settle(part, target, task))
+
+
+def print_chosen(chosen: Mapping[str, Any]) -> None:
+    """Say what ``automatic`` chose."""
+    if chosen:
+        print("settings chosen by kind of concept and family of model (numbers that go by the weights are the tiny model's here):")
+    for name, value in chosen.items():
+        print(f"  {name}: {listing.short(value)}")
 
 
 def here(spec: str) -> str:

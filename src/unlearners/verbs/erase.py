@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from .. import listing
 from ..errors import UsageError
-from .base import Result, Verb, automatic, cost, described, device_of, here, print_table, record_of, rehearsal
+from .base import Result, Verb, automatic, cost, described, device_of, here, print_chosen, print_table, record_of, rehearsal
 
 if TYPE_CHECKING:
     from ..base import Task
@@ -139,8 +139,7 @@ class Erase(Verb):
     def say(self, result: Result) -> None:
         if self.dry_run:
             print(f"would run {listing.settings(result['run']['method'])}")
-            for name, value in result["chosen"].items():
-                print(f"  {name}: {listing.short(value)} (chosen for this kind of concept and this model)")
+            print_chosen(result["chosen"])
             print(f"to erase {', '.join(result['run']['task']['concepts'])} from {self.target} into {result['folder']}")
             print(f"tried two steps on the tiny model: {cost(result['tried'])}")
         else:
