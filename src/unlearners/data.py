@@ -213,7 +213,7 @@ def part(data: Data, size: int) -> tuple[Source, Tensor]:
 
     ``data.subset`` of the training pictures are left, of each class in proportion.
     """
-    if data.split == "validation" and not data.validation and data.source not in CANVAS and not has_validation(data.source):
+    if data.split == "validation" and not data.validation and data.source not in (*CANVAS, "tiny") and not has_validation(data.source):
         raise UsageError(
             f"{data.source} has no validation pictures beside its test pictures; give a share of the training pictures, as validation: 0.1"
         )

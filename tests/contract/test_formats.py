@@ -97,7 +97,9 @@ def test_precision(dtype: str, disk: Path) -> None:
     target: Any = targets.load(str(disk / "eps"), dtype=dtype)
     assert {p.dtype for p in target.named().values()} == {targets.DTYPES[dtype]}
     tiny: Any = targets.load("tiny", dtype=dtype)
-    assert {p.dtype for m in (*tiny.modules.values(), tiny.vae) for p in m.parameters()} == {targets.DTYPES[dtype]}
+    assert {p.dtype for m in tiny.modules.values() for p in m.parameters()} == {targets.DTYPES[dtype]}
+    asked = {"float16": torch.float32}.get(dtype, targets.DTYPES[dtype])  # the VAE's config says that float16 overflows
+    assert {p.dtype for p in tiny.vae.parameters()} == {asked}
 
 
 @pytest.mark.parametrize(("name", "parts"), [("eps", ["text_encoder"]), ("xl", ["text_encoder", "text_encoder_2"])])
@@ -499,7 +501,7 @@ def test_a_folder_on_disk_with_a_bare_concept(name: str, kind: Any, disk: Path, 
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     changed = set(run.read_run(folder)["weights"]["changed"])
-    assert changed == set(target.select("xattn"))
+    assert changed == set(target.select("noxattn" if kind in ("object", "nsfw") else "xattn"))
     assert pipe.scheduler.config.prediction_type == target.scheduler.config.prediction_type
     again: Any = targets.load(str(out))
     equal(again, target)

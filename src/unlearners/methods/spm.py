@@ -92,7 +92,7 @@ class SPM(Method):
 
         with torch.no_grad():
             c, null = target.encode(list(task.said)), target.null()
-            n = target.encode(lora.neutrals(task, self.neutral))
+            n = target.null(len(c)) if self.neutral == "empty" else target.encode(lora.neutrals(task, self.neutral))
         pool = TrajectoryPool()
         how: dict[str, Any] = {
             "size": self.pool, "refresh": self.refresh, "batch": self.batch, "guidance": self.guidance, "steps": self.sampler_steps,
